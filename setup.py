@@ -1,0 +1,75 @@
+"""The extension modules. Everything else is in pyproject.toml.
+
+KVMEXIT_BUILD in the environment, any of: debug (-O0 -g), asan (AddressSanitizer and UBSan), tsan (ThreadSanitizer), coverage
+(line tracing and gcov), separated by commas.
+"""
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCE = Path("src/kvmexit")
+SWITCHES = {
+    "debug": ["-O0", "-g"],
+    "asan": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "tsan": ["-g", "-fsanitize=thread"],
+    "coverage": ["-O0", "--coverage", "-DCYTHON_TRACE_NOGIL=1"],
+}
+MAKES_NOTHING = {"sdist", "egg_info", "--version", "--name"}  # the sdist has no generated C
+
+
+def chosen():
+    names = [name for name in os.environ.get("KVMEXIT_BUILD", "").split(",") if name]
+    unknown = set(names) - set(SWITCHES)
+    if unknown:
+        sys.exit(f"KVMEXIT_BUILD: {', '.join(sorted(unknown))} unknown; there are {', '.join(SWITCHES)}")
+    return names
+
+
+def extensions():
+    if not sys.platform.startswith("linux"):
+        sys.exit(f"kvmexit runs KVM's vCPUs and so needs Linux; this is {sys.platform}")
+    names = chosen()
+    flags = [flag for name in names for flag in SWITCHES[name]]
+    links = [flag for flag in flags if flag.startswith(("-fsanitize", "--coverage"))]
+    macros = [("Py_LIMITED_API", "0x030C0000")] if stable_abi() else []
+    return [
+        Extension(
+            f"kvmexit.{path.stem}",
+            [str(path)],
+            include_dirs=[str(SOURCE)],
+            define_macros=macros,
+            extra_compile_args=["-std=gnu11", "-fvisibility=hidden", "-Wno-unused-function", *flags],
+            extra_link_args=links,
+            depends=[str(p) for p in sorted(SOURCE.rglob("*.h"))],
+            py_limited_api=stable_abi(),
+        )
+        for path in sorted(SOURCE.glob("_*.pyx"))
+    ]
+
+
+def stable_abi():
+    """One wheel for 3.12 and later; free-threaded builds have no stable ABI."""
+    return sys.version_info >= (3, 12) and not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+def cythonized():
+    if MAKES_NOTHING & set(sys.argv[1:]):
+        return []
+    from Cython.Build import cythonize
+
+    return cythonize(
+        extensions(),
+        build_dir="build",
+        include_path=["src"],
+        compiler_directives={"language_level": "3", "linetrace": "coverage" in chosen()},
+    )
+
+
+setup(
+    ext_modules=cythonized(),
+    options={"bdist_wheel": {"py_limited_api": "cp312"}} if stable_abi() else {},
+)

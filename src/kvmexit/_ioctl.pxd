@@ -1,0 +1,13 @@
+cdef unsigned forks() noexcept
+cdef int call(int fd, str name, unsigned long number, void *argument) except -1
+cdef long call_value(int fd, str name, unsigned long number, unsigned long argument) except -1
+
+
+cdef class Handle:
+    cdef readonly int fd
+    cdef readonly bint closed
+    cdef unsigned forks
+    cdef readonly str what
+
+    cdef int check(self) except -1
+    cdef void close(self) noexcept

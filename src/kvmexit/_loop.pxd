@@ -1,0 +1,41 @@
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvmexit._exits cimport Exit
+from kvmexit._page cimport Page, kvmexit_vcpu
+from kvmexit._vm cimport VM
+
+
+cdef enum Outcome:
+    EXIT          # rc 0, a reason: an exit
+    FAULT         # MEMORY_FAULT, or a bare fault
+    UNWRITTEN     # rc 0 and no reason: KVM returned without writing one
+    INTERRUPTED   # EINTR
+    AGAIN         # EAGAIN: re-enter
+    NO_MEMORY     # ENOMEM: re-enter, a bounded number of times
+    FAILED        # an error
+
+    # what only the burst says
+    KICKED        # a kick was asked for, and is consumed
+    TIMED_OUT     # the deadline has passed
+    LOOK          # nobody asked; Python may have signals to handle
+    DRAINED       # the pending operation is complete, as asked
+    LOOPING       # the same fault again and again
+
+
+cdef class Vcpu:
+    cdef Page page
+    cdef readonly VM vm
+    cdef readonly int id
+    cdef list cache              # the last Exit of each place
+    cdef unsigned long main_thread
+    cdef uint64_t seen_changes   # memory.changes at the last fault
+
+    cdef int begin(self, timeout) except -1
+    cdef void end(self) noexcept
+    cdef Outcome enter(self, bint drain) except? FAILED
+    cdef Exit current(self)
+    cdef bint dispatch(self, Exit e) except -1
+    cdef Exit until_taken(self, bint drain)
+
+
+cdef Outcome triage(int error, uint32_t reason) noexcept nogil

@@ -1,0 +1,506 @@
+"""Vcpu.run(): enter, triage, decode, dispatch, complete, re-enter.
+
+An exit goes down this file: `burst()` enters KVM until something needs Python, with no GIL; `triage()` says what a return of
+KVM_RUN means; `Vcpu.until_taken()` makes it an Exit (_exits.make) and offers it to the handlers (`dispatch`), and either goes
+round or gives it to the caller of run().
+"""
+
+import math
+import threading
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOMEM, errno
+from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
+
+from kvmexit._exits cimport (
+    PLACES, UNEXPLAINED, Exit, UnexplainedFault, Mmio, answer, completes_on_entry, make, make_interrupted, owes_answer,
+)
+from kvmexit._ioctl cimport call, call_value
+from kvmexit._page cimport EVENTS, REGS, SREGS, Page, kvmexit_vcpu
+from kvmexit._registers cimport events_of, regs_of, sregs_of
+from kvmexit._routes cimport RouteTable
+from kvmexit._uapi cimport (
+    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_GET_REGS, KVM_INTERRUPT, KVM_NMI,
+    KVMEXIT_REASON_SENTINEL, kvm_interrupt, kvm_regs,
+)
+from kvmexit._vm cimport VM
+from kvmexit._ioctl import generic_ioctl
+from kvmexit._vm import VMType
+from kvmexit.errors import Error, FaultLoopError, KvmError, VcpuBusyError
+from kvmexit.handlers import PASS, STOP
+
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident() nogil
+
+cdef extern from "<errno.h>" nogil:
+    const int EHWPOISON
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int fd, unsigned long request, ...)
+
+cdef extern from "<signal.h>" nogil:
+    const int SIGRTMIN
+
+cdef extern from "_control.h" nogil:
+    const uint32_t KVMEXIT_REQUEST_KICK
+    const uint64_t KVMEXIT_NEVER
+    int kvmexit_install(int)
+    int kvmexit_begin(kvmexit_vcpu *, uint64_t, int)
+    void kvmexit_end(kvmexit_vcpu *)
+    int kvmexit_watch(kvmexit_vcpu *)
+    void kvmexit_kick(kvmexit_vcpu *)
+    void kvmexit_renew(kvmexit_vcpu *)
+    void kvmexit_set_immediate_exit(kvmexit_vcpu *)
+    uint32_t kvmexit_acknowledge(kvmexit_vcpu *)
+    void kvmexit_consume_kick(kvmexit_vcpu *)
+    uint64_t kvmexit_now_ns()
+    int kvmexit_enter_kvm(kvmexit_vcpu *)
+
+
+cdef enum:
+    MAX_RETRIES = 1000        # of returns that say nothing, in a row
+    DEFAULT_FAULT_LIMIT = 1000
+    KICK_SIGNAL_OFFSET = 5    # from SIGRTMIN: the C libraries take the first few
+
+KICK_SIGNAL = SIGRTMIN + KICK_SIGNAL_OFFSET
+
+
+# ---- the burst: no GIL, no allocation, no Python ----
+
+cdef Outcome triage(int error, uint32_t reason) noexcept nogil:
+    """What a return of KVM_RUN means. One row a line, as in docs/triage.md; tests/test_triage.py has the expectations."""
+    if error == 0:
+        return EXIT if reason != KVMEXIT_REASON_SENTINEL else UNWRITTEN
+    if error == EFAULT or error == EHWPOISON:
+        return FAULT
+    if error == EINTR:
+        return INTERRUPTED
+    if error == EAGAIN:
+        return AGAIN
+    if error == ENOMEM:
+        return NO_MEMORY
+    return FAILED
+
+
+cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
+    """Enter KVM until something needs Python. `drain`: only let KVM complete what is pending, and come back."""
+    cdef Outcome outcome
+    c.streak = 0
+    if drain:
+        kvmexit_set_immediate_exit(c)
+    else:
+        kvmexit_renew(c)
+    while True:
+        c.run.exit_reason = KVMEXIT_REASON_SENTINEL
+        c.error = -c.enter(c)
+        c.entries += 1
+        c.reason = c.run.exit_reason
+        outcome = triage(c.error, c.reason)
+        if outcome == EXIT:
+            c.completes = completes_on_entry(c.reason)
+            c.fault_count = 0
+            return EXIT
+        if outcome == FAULT:
+            c.completes = False
+            if c.reason != KVM_EXIT_MEMORY_FAULT:
+                c.reason = KVMEXIT_REASON_SENTINEL  # a bare fault, whatever else the page says
+            return LOOPING if fault_repeats(c) else FAULT
+        if outcome == INTERRUPTED:
+            # KVM completes what is pending before it looks at immediate_exit (kvm_arch_vcpu_ioctl_run).
+            c.completes = False
+            outcome = interrupted(c, drain)
+            if outcome != AGAIN:
+                return outcome
+            c.retried_eintr += 1
+        elif outcome == AGAIN:
+            c.retried_eagain += 1
+        elif outcome == NO_MEMORY or outcome == UNWRITTEN:
+            if outcome == UNWRITTEN:
+                c.retried_unwritten += 1
+            else:
+                c.retried_enomem += 1
+            c.streak += 1
+            if c.streak >= MAX_RETRIES:
+                return outcome
+        else:
+            return FAILED
+
+
+cdef Outcome interrupted(kvmexit_vcpu *c, bint drain) noexcept nogil:
+    """Who asked for this EINTR. AGAIN: nobody did."""
+    cdef uint32_t request = kvmexit_acknowledge(c)
+    if drain:
+        kvmexit_watch(c)  # the immediate_exit just spent may have been the timer's
+        return DRAINED    # an open request stays open: kvmexit_renew() sees to it before the next entry
+    if request & KVMEXIT_REQUEST_KICK:
+        kvmexit_consume_kick(c)
+        return KICKED
+    if c.deadline_ns != KVMEXIT_NEVER and kvmexit_now_ns() >= c.deadline_ns:
+        return TIMED_OUT
+    kvmexit_watch(c)  # the timer may have been set for an earlier run()
+    return LOOK if c.main_thread else AGAIN
+
+
+cdef bint fault_repeats(kvmexit_vcpu *c) noexcept nogil:
+    """Note a fault; whether it is the same one, at the same registers, too often in a row."""
+    cdef uint64_t payload[3]
+    cdef kvm_regs *regs = &c.run.s.regs.regs
+    memset(payload, 0, sizeof(payload))
+    if c.reason == KVM_EXIT_MEMORY_FAULT:
+        memcpy(payload, &c.run.memory_fault, sizeof(payload))
+    if not c.regs_synced and c.fd >= 0:
+        ioctl(c.fd, KVM_GET_REGS, regs)  # of a protected guest there are none, and the payload decides alone
+    if (c.fault_count and memcmp(payload, c.fault_payload, sizeof(payload)) == 0
+            and memcmp(regs, &c.fault_regs, sizeof(kvm_regs)) == 0):
+        c.fault_count += 1
+        return c.fault_limit != 0 and c.fault_count > c.fault_limit
+    memcpy(c.fault_payload, payload, sizeof(payload))
+    memcpy(&c.fault_regs, regs, sizeof(kvm_regs))
+    c.fault_count = 1
+    return False
+
+
+# ---- the vCPU ----
+
+@cython.final
+cdef class Vcpu:
+    """A virtual CPU: made by `vm.create_vcpu()`.
+
+    id, vm. One thread at a time runs it, any thread. Everything but kick() waits or raises VcpuBusyError while it runs.
+    Run vCPUs off the main thread where Ctrl-C has to be quick: on it, an interrupt is noticed within 100 ms.
+    """
+
+    def __init__(self):
+        raise TypeError("use vm.create_vcpu()")
+
+    @staticmethod
+    def _make(VM vm, Page page, id):
+        cdef Vcpu vcpu = Vcpu.__new__(Vcpu)
+        vcpu.vm = vm
+        vcpu.page = page
+        vcpu.id = id
+        vcpu.cache = [None] * PLACES
+        vcpu.main_thread = threading.main_thread().ident
+        if page.c.enter == NULL:
+            page.c.enter = kvmexit_enter_kvm
+        page.c.fault_limit = DEFAULT_FAULT_LIMIT
+        if page.syncable & REGS:
+            vcpu.sync = REGS
+        if kvmexit_install(KICK_SIGNAL) != 0:
+            raise Error(f"signal {KICK_SIGNAL} (KICK_SIGNAL) cannot be handled in this process")
+        return vcpu
+
+    # ---- running ----
+
+    def run(self, timeout=None):
+        """Run the guest until an exit that no handler takes; -> that Exit.
+
+        timeout: seconds, or None; then, and after kick(), the result is Interrupted. 0 completes what is pending and comes back.
+        A read or hypercall that is returned has to be answered (exit.data, exit.ret, ...) before the next run(), which
+        otherwise offers the same exit again. A returned write counts as accepted.
+
+        Raises what a handler raises (the exit is then offered again by the next run()), KvmError where KVM fails,
+        FaultLoopError after `fault_limit` identical faults, VcpuBusyError while it runs already.
+        """
+        self.begin(timeout)
+        try:
+            return self.until_taken(False)
+        finally:
+            self.end()
+
+    def complete(self):
+        """Let KVM finish the pending exit without running the guest on; -> None, or an exit that came of it.
+
+        The second half of an access may come as an exit of its own; handlers see it as always, and what none takes is
+        returned. So is an exit that still has to be answered. A kick stays for the next run(). Raises as run().
+        """
+        self.begin(None)
+        try:
+            return self.until_taken(True)
+        finally:
+            self.end()
+
+    def kick(self):
+        """Make the run() in progress, or else the next one, return Interrupted("kick"): once, however many kicks came before.
+
+        From any thread, and from signal handlers.
+        """
+        kick_page(self.page)
+
+    cdef int begin(self, timeout) except -1:
+        cdef uint64_t timeout_ns = KVMEXIT_NEVER
+        cdef unsigned long me = PyThread_get_thread_ident()
+        if timeout is not None:
+            timeout_ns = _nanoseconds(timeout)
+        self.page.check()
+        self.vm.handle.check()
+        if self.page.owner:
+            raise VcpuBusyError(
+                f"vCPU {self.id} is running already" + (": this is its own handler" if self.page.owner == me else
+                                                        " in another thread: kick() it, and wait for that run() to return"))
+        if kvmexit_begin(&self.page.c, timeout_ns, me == self.main_thread) != 0:
+            raise KvmError(errno, "timer_create", "too many timers or queued signals (RLIMIT_SIGPENDING)")
+        self.page.owner = me
+        return 0
+
+    cdef void end(self) noexcept:
+        self.page.owner = 0
+        kvmexit_end(&self.page.c)
+
+    cdef Exit until_taken(self, bint drain):
+        """Go round until an exit is for the caller. None: drained."""
+        cdef Page page = self.page
+        cdef kvmexit_vcpu *c = &page.c
+        cdef Outcome outcome
+        cdef bint draining
+        cdef Exit e
+        PyErr_CheckSignals()
+        while True:
+            if not (c.unsettled or (c.needs and not c.answered)):
+                # Registers go to KVM when nothing is pending: what is, gets completed first.
+                if page.written and not c.completes:
+                    page.flush()
+                if drain and not c.completes:
+                    return None
+                draining = drain or page.written != 0
+                outcome = self.enter(draining)
+                if outcome == DRAINED:
+                    continue
+                if outcome == LOOK:
+                    PyErr_CheckSignals()
+                    continue
+                if outcome == KICKED:
+                    return make_interrupted(page, "kick")
+                if outcome == TIMED_OUT:
+                    return make_interrupted(page, "timeout")
+                if outcome != EXIT and outcome != FAULT:
+                    self._fail(outcome)
+            e = self.current()
+            if not self.dispatch(e):
+                return e
+            e = None  # or the next exit of this class could not reuse it
+
+    cdef Outcome enter(self, bint drain) except? FAILED:
+        """One burst, and the book-keeping around it."""
+        cdef Page page = self.page
+        cdef kvmexit_vcpu *c = &page.c
+        cdef Outcome outcome
+        c.seq += 1  # with the GIL held: from here on no other thread can answer the previous exit
+        c.needs = c.answered = False
+        if c.fault_count and self.seen_changes != self.vm.memory.changes:
+            c.fault_count = 0  # something was done about it
+        with nogil:
+            outcome = burst(c, drain)
+        page.valid = page.synced
+        if outcome == EXIT:
+            c.needs = owes_answer(page)
+            c.unsettled = True
+            if c.reason == KVM_EXIT_IRQ_WINDOW_OPEN:
+                c.run.request_interrupt_window = 0
+        elif outcome == FAULT or outcome == LOOPING:
+            c.unsettled = outcome == FAULT
+            self.seen_changes = self.vm.memory.changes
+        return outcome
+
+    def _fail(self, int outcome):
+        """Raise for a KVM_RUN that failed. What was pending still is."""
+        cdef kvmexit_vcpu *c = &self.page.c
+        if outcome == LOOPING:
+            c.fault_count = 0
+            fault = self.current()
+            raise FaultLoopError(
+                f"the same fault {c.fault_limit + 1} times in a row, at the same registers and with nothing repaired: {fault!r}",
+                fault)
+        if outcome == UNWRITTEN:
+            raise Error(f"KVM_RUN succeeded {MAX_RETRIES} times in a row without giving an exit reason")
+        raise KvmError(c.error, "KVM_RUN")
+
+    cdef Exit current(self):
+        """The exit in hand as an object: the same one as long as it is the same exit."""
+        cdef Exit e
+        cdef kvmexit_vcpu *c = &self.page.c
+        e = make(self.cache, self.page)
+        if e.place == KVM_EXIT_MMIO:
+            (<Mmio>e).slot_ = self.vm.memory.slot_at(c.run.mmio.phys_addr)
+        elif e.place == UNEXPLAINED:
+            (<UnexplainedFault>e).rip_ = self._rip()
+        return e
+
+    def _rip(self):
+        """Where the guest is, or None where it does not show."""
+        if self.vm.type in (VMType.SEV_ES, VMType.SNP, VMType.TDX):
+            return None
+        try:
+            self.page.load(REGS)
+        except KvmError:
+            return None
+        return self.page.c.run.s.regs.regs.rip
+
+    cdef bint dispatch(self, Exit e) except -1:
+        """Offer an exit to the handlers. True: one took it. It stays unsettled when one raises."""
+        cdef kvmexit_vcpu *c = &self.page.c
+        cdef RouteTable routes = self.vm.routes
+        cdef Py_ssize_t position = 0
+        c.unsettled = True
+        c.answered = False
+        while True:
+            handler = routes.find(e, &position)
+            if handler is None:
+                c.unsettled = False
+                return False
+            verdict = handler(self, e)
+            if verdict is None:
+                if c.needs and not c.answered:
+                    raise TypeError(f"{handler!r} returned None for {e!r}, which asks for an answer: return it, or PASS or STOP")
+                c.unsettled = False
+                return True
+            if verdict is PASS:
+                continue
+            if verdict is STOP:
+                c.unsettled = False
+                return False
+            answer(e, verdict)
+            c.unsettled = False
+            return True
+
+    @property
+    def pending(self):
+        """The exit whose operation KVM has not completed, or that still has to be answered; None where nothing is pending."""
+        cdef kvmexit_vcpu *c = &self.page.c
+        self.page.check()
+        if c.completes or c.unsettled or (c.needs and not c.answered):
+            return self.current()
+        return None
+
+    # ---- registers ----
+
+    @property
+    def regs(self):
+        """General registers: a view (Regs). Free of system calls after an exit; writes reach KVM before the next entry."""
+        return regs_of(self.page)
+
+    @property
+    def sregs(self):
+        """Segment, control and table registers: a view (Sregs), fetched on demand."""
+        return sregs_of(self.page)
+
+    @property
+    def events(self):
+        """Pending and injected events: a view (Events), fetched on demand."""
+        return events_of(self.page)
+
+    @property
+    def sync(self):
+        """Register classes that KVM copies on every exit: 1 regs, 2 sregs, 4 events. All cost some 350 ns an exit more than
+        regs alone; the others are fetched on demand. ValueError for what this kernel cannot copy."""
+        return self.page.synced
+
+    @sync.setter
+    def sync(self, classes):
+        self.page.check_mine()
+        if classes & ~self.page.syncable:
+            raise ValueError(f"register classes {classes:#x}: this kernel can copy {self.page.syncable:#x} (KVM_CAP_SYNC_REGS)")
+        self.page.synced = classes
+        self.page.c.regs_synced = classes & REGS != 0
+        self.page.c.run.kvm_valid_regs = classes
+
+    @property
+    def cr8(self):
+        """The task priority register's value, as KVM last gave it; what is written reaches KVM at the next entry."""
+        self.page.check_mine()
+        return self.page.c.run.cr8
+
+    @cr8.setter
+    def cr8(self, value):
+        self.page.check_mine()
+        if not 0 <= value <= 15:
+            raise ValueError(f"cr8 {value} is not in 0..15")
+        self.page.c.run.cr8 = value
+
+    # ---- interrupts ----
+
+    def request_irq_window(self):
+        """Exit with IrqWindowOpen as soon as the guest can take an interrupt; once."""
+        self.page.check_mine()
+        self.page.c.run.request_interrupt_window = 1
+
+    def interrupt(self, vector):
+        """Inject an interrupt (KVM_INTERRUPT; without an in-kernel interrupt controller)."""
+        cdef kvm_interrupt argument
+        if not 0 <= vector <= 255:
+            raise ValueError(f"vector {vector} is not in 0..255")
+        argument.irq = vector
+        self._check()
+        call(self.page.c.fd, "KVM_INTERRUPT", KVM_INTERRUPT, &argument)
+        self.page.valid = 0
+
+    def nmi(self):
+        """Inject an NMI (KVM_NMI)."""
+        self._check()
+        call_value(self.page.c.fd, "KVM_NMI", KVM_NMI, 0)
+        self.page.valid = 0
+
+    # ---- the rest ----
+
+    def ioctl(self, number, argument=0):
+        """Any ioctl on the vCPU, as VM.ioctl. In KVM's own order: register values kept aside are not applied before it.
+
+        It waits for a running vCPU to leave the guest. Views fetch registers anew afterwards.
+        """
+        self._check()
+        try:
+            return generic_ioctl(self.page.c.fd, number, argument)
+        finally:
+            self.page.valid = 0 if self.page.c.fd >= 0 else self.page.valid
+
+    def _check(self):
+        self.page.check()
+        self.vm.handle.check()
+
+    @property
+    def fd(self):
+        """The vCPU's descriptor, an int."""
+        self._check()
+        return self.page.c.fd
+
+    @property
+    def running(self):
+        """Whether a run() is in progress, handlers included."""
+        return self.page.owner != 0
+
+    @property
+    def fault_limit(self):
+        """How often one fault may come in a row, at the same registers and with no change to memory between, before run()
+        raises FaultLoopError; 0 for ever. 1000 at first."""
+        return self.page.c.fault_limit
+
+    @fault_limit.setter
+    def fault_limit(self, value):
+        self.page.c.fault_limit = value
+
+    @property
+    def retries(self):
+        """How often the loop re-entered by itself: {"unwritten": no exit reason given, "eintr": interrupted by nobody's request,
+        "eagain": ..., "enomem": ...}."""
+        cdef kvmexit_vcpu *c = &self.page.c
+        return {"unwritten": c.retried_unwritten, "eintr": c.retried_eintr, "eagain": c.retried_eagain,
+                "enomem": c.retried_enomem}
+
+    def __repr__(self):
+        return f"<Vcpu {self.id} of {self.vm!r}{', running' if self.running else ''}>"
+
+
+def kick_page(Page page):
+    """Vcpu.kick() on what it works on."""
+    page.check()
+    kvmexit_kick(&page.c)
+
+
+cdef uint64_t _nanoseconds(timeout) except? 0:
+    seconds = float(timeout)
+    if not seconds >= 0:
+        raise ValueError(f"timeout {timeout!r} must be None or at least 0 seconds")
+    return KVMEXIT_NEVER if math.isinf(seconds) or seconds > 1e9 else <uint64_t>(seconds * 1e9)
+

@@ -1,0 +1,442 @@
+"""Guest-physical memory: memslots over host memory, and guest_memfds bound to them.
+
+A `Slot` owns what it is made of through library objects: an `mmap.mmap` or the caller's buffer, seen through one memoryview. Every
+slice is a view derived from that one, so the mapping lives until its last view is gone, whatever happens to the slot.
+"""
+
+import enum
+import errno as errnos
+import fcntl
+import mmap
+import os
+import threading
+from operator import attrgetter, index
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.memoryview cimport PyMemoryView_FromMemory
+from libc.errno cimport errno
+from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+from posix.mman cimport MAP_NORESERVE
+from posix.unistd cimport close as close_descriptor, getpid
+
+from kvmexit._ioctl cimport Handle, call
+from kvmexit._uapi cimport (
+    GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CREATE_GUEST_MEMFD, KVM_MEM_GUEST_MEMFD,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2,
+    kvm_create_guest_memfd, kvm_userspace_memory_region2,
+)
+from kvmexit.errors import Error, KvmError
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t process_vm_readv(
+        int pid, const iovec *local, unsigned long n, const iovec *remote, unsigned long m, unsigned long flags)
+    ssize_t process_vm_writev(
+        int pid, const iovec *local, unsigned long n, const iovec *remote, unsigned long m, unsigned long flags)
+
+cdef extern from "Python.h":
+    enum:
+        PyBUF_READ
+        PyBUF_WRITE
+
+
+class GuestMemfdFlags(enum.IntFlag):
+    """Flags of a guest_memfd (GUEST_MEMFD_FLAG_*; KVM_CAP_GUEST_MEMFD_FLAGS says which this kernel takes)."""
+
+    NONE = 0
+    MMAP = GUEST_MEMFD_FLAG_MMAP
+    INIT_SHARED = GUEST_MEMFD_FLAG_INIT_SHARED
+
+
+_PAGE = mmap.PAGESIZE
+_by_gpa = attrgetter("gpa")
+
+
+def _range(first, size, what="gpa"):
+    """Check a page-aligned range that does not wrap; -> its two numbers."""
+    first, size = index(first), index(size)
+    if first < 0 or first > UINT64_MAX:
+        raise ValueError(f"{what} {first:#x} is no 64-bit address")
+    if first % _PAGE:
+        raise ValueError(f"{what} {first:#x} is not a multiple of the page size, {_PAGE:#x}")
+    if size <= 0 or size % _PAGE:
+        raise ValueError(f"size {size:#x} must be a positive multiple of the page size, {_PAGE:#x}")
+    if first + size - 1 > UINT64_MAX:
+        raise ValueError(f"{what} {first:#x} + size {size:#x} wraps around 2**64")
+    return first, size
+
+
+@cython.final
+cdef class Slot:
+    """A memslot: `size` bytes of guest-physical memory from `gpa`, backed by host memory at `hva`.
+
+    Made by `vm.memory.add()`. It has the buffer protocol, and its slices are memoryviews: raw memory, zero copy, shared with
+    a running guest, and a SIGBUS where the backing file was truncated. `vm.memory.read()` and `write()` are the checked way.
+
+    gpa, size (bytes), hva, number (KVM's slot number), readonly, log_dirty, guest_memfd (its descriptor, owned by the slot,
+    or None). Source: Documentation/virt/kvm/api.rst, KVM_SET_USER_MEMORY_REGION2.
+    """
+
+    def __cinit__(self):
+        self.gmem_fd = -1
+
+    def __init__(self):
+        raise TypeError("use vm.memory.add()")
+
+    def __dealloc__(self):
+        self.close_fd()
+
+    cdef void close_fd(self) noexcept:
+        if self.gmem_fd >= 0:
+            close_descriptor(self.gmem_fd)
+            self.gmem_fd = -1
+
+    @property
+    def guest_memfd(self):
+        return self.gmem_fd if self.gmem_fd >= 0 else None
+
+    @property
+    def view(self):
+        """All of it as a memoryview of bytes. Error once the slot was removed, or its guest_memfd closed."""
+        if self.view_ is None:
+            raise Error(f"{self!r} has no memory any more: it was removed, or its guest_memfd closed")
+        return self.view_
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, key):
+        return self.view[key]
+
+    def __setitem__(self, key, value):
+        self.view[key] = value
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyObject_GetBuffer(self.view, buffer, flags)  # the view exports itself, and is what gets released
+
+    def __repr__(self):
+        return f"Slot(gpa={self.gpa:#x}, size={self.size:#x}, number={self.number})"
+
+    def close_guest_memfd(self):
+        """Close the slot's guest_memfd, and unmap it where it is what the slot maps. KVM drops the pages, and the guest's next
+        access is a MEMORY_FAULT (virt/kvm/guest_memfd.c). For tests and for teardown in steps.
+
+        Raises Error where there is none, BufferError while views of its mapping exist (they keep the file alive).
+        """
+        if self.gmem_fd < 0:
+            raise Error(f"{self!r} has no guest_memfd")
+        if self.mapping_is_gmem:
+            self.view_ = None
+            try:
+                self.mapping.close()
+            except BufferError:
+                self.view_ = memoryview(self.mapping)
+                raise BufferError(f"views of {self!r} exist and keep its guest_memfd alive: release them first") from None
+            self.mapping = None
+        self.close_fd()
+
+
+@cython.final
+cdef class Memory:
+    """The guest-physical memory of one VM: `vm.memory`.
+
+    slots: the memslots, by address. changes: how often they changed.
+    """
+
+    def __init__(self, Handle handle, vm_type, bint region2, free_numbers):
+        self.handle = handle
+        self.vm_type = vm_type
+        self.region2 = region2
+        self.free_numbers = list(free_numbers)
+        self.lock = threading.Lock()
+        self.slots = ()
+
+    def __dealloc__(self):
+        free(self.spans)
+
+    def add(self, gpa, size, *, guest_memfd=False, gmem_flags=0, buffer=None, fd=None, offset=0, readonly=False,
+            log_dirty=False):
+        """Put `size` bytes of host memory at guest-physical `gpa`; -> Slot.
+
+        The host memory is anonymous; or, with `fd`, that file from `offset` on, mapped shared; or `buffer` from `offset` on (any object
+        with the buffer protocol, page-aligned, kept for as long as the slot lives). With `guest_memfd` a guest_memfd of
+        this size is made and bound too, for private pages; with GuestMemfdFlags.MMAP in `gmem_flags` the slot's memory is that
+        guest_memfd's own mapping. `readonly`: the guest's writes are Mmio exits. `log_dirty`: KVM_MEM_LOG_DIRTY_PAGES.
+
+        All sizes and addresses in bytes, multiples of the page size. Raises ValueError for a range that is unaligned, wraps,
+        or overlaps a slot (which it names), or for backing memory too small; KvmError where KVM refuses. A failure leaves
+        nothing behind.
+        """
+        cdef Slot slot
+        gpa, size = _range(gpa, size)
+        offset, flags = index(offset), GuestMemfdFlags(gmem_flags)
+        if guest_memfd and (readonly or log_dirty):
+            raise ValueError("a slot with guest_memfd can be neither readonly nor log_dirty (KVM_MEM_GUEST_MEMFD)")
+        if flags and not guest_memfd:
+            raise ValueError("gmem_flags without guest_memfd=True")
+        if (buffer is not None) + (fd is not None) + bool(flags & GuestMemfdFlags.MMAP) > 1:
+            raise ValueError("give one of buffer, fd and gmem_flags with MMAP: each says where the slot's memory is")
+        if offset and buffer is None and fd is None:
+            raise ValueError("offset without buffer or fd")
+        if guest_memfd and not self.region2 and self.handle.fd >= 0:
+            raise KvmError(errnos.EOPNOTSUPP, "KVM_SET_USER_MEMORY_REGION2",
+                           f"guest_memfd needs Linux 6.8 or later, this is {os.uname().release}")
+        slot = Slot.__new__(Slot)
+        slot.gpa, slot.size, slot.readonly, slot.log_dirty = gpa, size, readonly, log_dirty
+        with self.lock:
+            self.handle.check()
+            self._check_free(gpa, size)
+            if guest_memfd:
+                slot.gmem_fd = self._create_guest_memfd(size, flags)
+            if flags & GuestMemfdFlags.MMAP:
+                slot.mapping = mmap.mmap(slot.gmem_fd, size, flags=mmap.MAP_SHARED)
+                slot.mapping_is_gmem = True
+            elif fd is not None:
+                slot.mapping = _map_file(fd, offset, size, readonly)
+            elif buffer is None:
+                slot.mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+            slot.view_ = _view(slot.mapping if buffer is None else buffer, offset if buffer is not None else 0, size, readonly)
+            slot.hva = _address(slot.view_)
+            self._install(slot)
+        return slot
+
+    def remove(self, slot):
+        """Delete a memslot, also under a running vCPU. `slot`: the Slot, or an address in it.
+
+        Its memory is unmapped when the last view of it is gone, its guest_memfd closed now. Raises ValueError where there is
+        no such slot.
+        """
+        cdef Slot gone
+        with self.lock:
+            self.handle.check()
+            found = slot if isinstance(slot, Slot) else self.slot_at(index(slot))
+            if found not in self.slots:
+                raise ValueError(f"no such slot: {slot!r}; there are {list(self.slots)}")
+            gone = found
+            self.set_region(gone, 0)
+            self.set_slots([s for s in self.slots if s is not gone])
+            self.free_numbers.append(gone.number)
+            gone.view_ = gone.mapping = None
+            gone.close_fd()
+
+    def read(self, gpa, n):
+        """-> n bytes from guest-physical `gpa`, across slots.
+
+        Checked: a page that cannot be read (unmapped, past the end of a truncated file) is a KvmError with EFAULT, never a
+        SIGBUS. Raises ValueError where no slot covers the range.
+        """
+        n = index(n)
+        if n < 0:
+            raise ValueError(f"n {n} is negative")
+        cdef bytes data = PyBytes_FromStringAndSize(NULL, n)
+        self.transfer(index(gpa), PyBytes_AS_STRING(data), n, False)
+        return data
+
+    def write(self, gpa, data):
+        """Write bytes to guest-physical `gpa`, across slots; checked as read(). The host may write to read-only slots."""
+        cdef const unsigned char[::1] source
+        view = memoryview(data).cast("B")
+        if len(view):
+            source = view
+            self.transfer(index(gpa), <char *>&source[0], len(view), True)
+
+    def __repr__(self):
+        return f"Memory({list(self.slots)})"
+
+    # ---- the rest is internal ----
+
+    def adopt(self, number, gpa, size, hva, gmem_fd, gmem_offset):
+        """Take note of a memslot that somebody else made."""
+        cdef Slot slot = Slot.__new__(Slot)
+        gpa, size = _range(gpa, size)
+        hva, _ = _range(hva, size, "hva")
+        self._check_free(gpa, size)
+        slot.gpa, slot.size, slot.hva, slot.number = gpa, size, hva, number
+        slot.gmem_offset = gmem_offset
+        slot.adopted = True
+        # SAFETY: the adopter vouches for the mapping, as it does to KVM.
+        slot.view_ = PyMemoryView_FromMemory(<char *><uintptr_t>slot.hva, slot.size, PyBUF_WRITE)
+        if gmem_fd is not None:
+            slot.gmem_fd = fcntl.fcntl(gmem_fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        self.set_slots([*self.slots, slot])
+        return slot
+
+    def _check_free(self, gpa, size):
+        cdef Slot slot
+        for slot in self.slots:
+            if slot.gpa < gpa + size and gpa < slot.gpa + slot.size:
+                raise ValueError(f"gpa {gpa:#x}, size {size:#x} overlaps {slot!r}: remove that slot, or choose other addresses")
+
+    def _create_guest_memfd(self, size, flags):
+        cdef kvm_create_guest_memfd argument
+        if self.handle.fd < 0:
+            raise KvmError(errnos.EOPNOTSUPP, "KVM_CREATE_GUEST_MEMFD", "a scripted VM has no guest_memfd")
+        memset(&argument, 0, sizeof(argument))
+        argument.size = size
+        argument.flags = flags
+        fd = call(self.handle.fd, "KVM_CREATE_GUEST_MEMFD", KVM_CREATE_GUEST_MEMFD, &argument)
+        fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+        return fd
+
+    def _install(self, Slot slot):
+        if not self.free_numbers:
+            raise KvmError(errnos.ENOSPC, "KVM_SET_USER_MEMORY_REGION2", f"all {len(self.slots)} memslots are in use")
+        slot.number = self.free_numbers[-1]
+        try:
+            self.set_region(slot, slot.size)
+        except KvmError as error:
+            if slot.gmem_fd >= 0 and error.errno == errnos.EINVAL:
+                error.hint = (
+                    f"Linux {os.uname().release} cannot bind this guest_memfd in a VM of type {self.vm_type!r}: use "
+                    "VMType.SW_PROTECTED, or gmem_flags=GuestMemfdFlags.MMAP|INIT_SHARED where the kernel has them")
+            elif error.errno == errnos.EEXIST:
+                error.hint = "the range overlaps memory that KVM itself keeps (TSS and identity map below 4 GiB)"
+            raise
+        self.free_numbers.pop()
+        self.set_slots([*self.slots, slot])
+
+    cdef int set_region(self, Slot slot, uint64_t size) except -1:
+        """Tell KVM of a slot; size 0 deletes it."""
+        cdef kvm_userspace_memory_region2 region
+        if self.handle.fd < 0:
+            return 0
+        memset(&region, 0, sizeof(region))
+        region.slot = slot.number
+        region.guest_phys_addr = slot.gpa
+        region.memory_size = size
+        region.userspace_addr = slot.hva
+        if slot.readonly:
+            region.flags |= KVM_MEM_READONLY
+        if slot.log_dirty:
+            region.flags |= KVM_MEM_LOG_DIRTY_PAGES
+        if size and slot.gmem_fd >= 0:
+            region.flags |= KVM_MEM_GUEST_MEMFD
+            region.guest_memfd = slot.gmem_fd
+            region.guest_memfd_offset = slot.gmem_offset
+        if self.region2:
+            return call(self.handle.fd, "KVM_SET_USER_MEMORY_REGION2", KVM_SET_USER_MEMORY_REGION2, &region)
+        # The older struct is the newer one's beginning.
+        return call(self.handle.fd, "KVM_SET_USER_MEMORY_REGION", KVM_SET_USER_MEMORY_REGION, &region)
+
+    cdef int set_slots(self, slots) except -1:
+        """Publish a new set of slots. Readers hold the GIL, as we do, so they see one set or the other."""
+        cdef list ordered = sorted(slots, key=_by_gpa)
+        cdef Span *spans = <Span *>malloc(max(len(ordered), 1) * sizeof(Span))
+        cdef Slot slot
+        cdef Py_ssize_t i
+        if spans == NULL:
+            raise MemoryError
+        for i, slot in enumerate(ordered):
+            spans[i] = Span(slot.gpa, slot.gpa + (slot.size - 1))
+        free(self.spans)
+        self.spans = spans
+        self.slots = tuple(ordered)
+        self.changes += 1
+        return 0
+
+    cdef object slot_at(self, uint64_t gpa):
+        """The slot that covers `gpa`, or None."""
+        cdef Py_ssize_t low = 0, high = len(self.slots), middle
+        while low < high:
+            middle = (low + high) // 2
+            if gpa > self.spans[middle].last:
+                low = middle + 1
+            elif gpa < self.spans[middle].first:
+                high = middle
+            else:
+                return self.slots[middle]
+        return None
+
+    cdef void close(self, bint delete) noexcept:
+        """The VM is gone, and so are its memslots; or it lives on without us (`delete`), and ours have to go."""
+        cdef Slot slot
+        for slot in self.slots:
+            if delete and not slot.adopted:
+                try:
+                    self.set_region(slot, 0)
+                except KvmError:
+                    pass  # the VM is dead already
+            slot.view_ = slot.mapping = None
+            slot.close_fd()
+        self.slots = ()
+
+    cdef int transfer(self, gpa, char *local, size_t n, bint to_guest) except -1:
+        cdef iovec ours, theirs
+        cdef size_t done = 0, here
+        cdef ssize_t moved
+        cdef int error
+        cdef Slot slot
+        cdef uint64_t at
+        self.handle.check()
+        if gpa < 0 or gpa + n > <object>UINT64_MAX + 1:
+            raise ValueError(f"gpa {gpa:#x} + {n:#x} is outside 64 bits")
+        while done < n:
+            at = gpa + done
+            slot = self.slot_at(at)
+            if slot is None:
+                raise ValueError(f"no slot covers gpa {at:#x}; {done} of {n} bytes done; there are {list(self.slots)}")
+            here = min(n - done, slot.size - (at - slot.gpa))
+            ours = iovec(local + done, here)
+            theirs = iovec(<void *><uintptr_t>(slot.hva + (at - slot.gpa)), here)
+            keep = slot.view  # the mapping stays while the GIL is released
+            with nogil:
+                if to_guest:
+                    moved = process_vm_writev(getpid(), &ours, 1, &theirs, 1, 0)
+                else:
+                    moved = process_vm_readv(getpid(), &ours, 1, &theirs, 1, 0)
+                error = errno
+            del keep
+            if moved <= 0:
+                raise KvmError(
+                    error, "process_vm_writev" if to_guest else "process_vm_readv",
+                    f"gpa {at:#x} (hva {slot.hva + (at - slot.gpa):#x}, {slot!r}) cannot be reached; {done} of {n} bytes done")
+            done += moved
+        return 0
+
+
+def _map_file(fd, offset, size, readonly):
+    """Map a file shared; read-only where the descriptor is."""
+    fd = index(fd)
+    if offset < 0 or offset % _PAGE:
+        raise ValueError(f"offset {offset:#x} must be a multiple of the page size, {_PAGE:#x}")
+    writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    if not writable and not readonly:
+        raise ValueError(f"fd {fd} is not open for reading and writing: open it so, or pass readonly=True")
+    try:
+        return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0), offset=offset)
+    except ValueError:
+        raise ValueError(
+            f"fd {fd} is a file of {os.fstat(fd).st_size:#x} bytes, too short for offset {offset:#x} + size {size:#x}") from None
+
+
+def _view(memory, offset, size, readonly):
+    """The slot's bytes as a memoryview; checks a caller's buffer."""
+    try:
+        view = memoryview(memory).cast("B")
+    except TypeError as error:
+        raise TypeError(f"buffer: {error}") from None
+    if view.readonly and not readonly:
+        raise ValueError("buffer is read-only: pass a writable one, or readonly=True")
+    if offset < 0 or offset + size > len(view):
+        raise ValueError(f"buffer of {len(view):#x} bytes is too short for offset {offset:#x} + size {size:#x}")
+    view = view[offset:offset + size]
+    address = _address(view)
+    if address % _PAGE:
+        raise ValueError(f"buffer memory at {address:#x} is not page-aligned: use an mmap.mmap, or another offset")
+    return view
+
+
+cdef uint64_t _address(view) except? 0:
+    """Where a memoryview's bytes are. SAFETY: valid for as long as somebody holds the view."""
+    cdef Py_buffer buffer
+    PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE)
+    try:
+        return <uintptr_t>buffer.buf
+    finally:
+        PyBuffer_Release(&buffer)

@@ -1,0 +1,50 @@
+/* A vCPU as the nogil burst sees it: the page it shares with KVM, and what userspace keeps beside it. */
+#ifndef KVMEXIT_PAGE_H
+#define KVMEXIT_PAGE_H
+
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "include/kvmexit/uapi.h"
+
+struct kvmexit_vcpu {
+    /* the seam: what "KVM_RUN" is; returns 0 or -errno */
+    int (*enter)(struct kvmexit_vcpu *);
+    struct kvm_run *run;
+    size_t run_size; /* bytes mapped at run: the page, the PIO data and what follows */
+    void *script;    /* of a scripted enter */
+    int fd;          /* -1: not backed by a kernel vCPU */
+    pid_t pid;       /* the process that made it, for tgkill */
+
+    /* written by other threads */
+    uint32_t request; /* atomic */
+    int32_t tid;      /* atomic; the thread inside run(), or 0 */
+
+    /* of the run() in progress */
+    uint64_t deadline_ns; /* CLOCK_MONOTONIC, or KVMEXIT_NEVER */
+    struct kvmexit_vcpu *outer;
+    int main_thread, was_blocked;
+
+    /* the exit in hand */
+    uint64_t seq;    /* grows with every entry from Python: an Exit made under an older one can no longer be answered */
+    uint32_t reason; /* kvm_run.exit_reason, read once */
+    int error;       /* errno of KVM_RUN, or 0 */
+    int needs;       /* KVM waits for an answer */
+    int answered;    /* somebody wrote it */
+    int unsettled;   /* not dispatched to its end yet, or its handler raised: to be offered again */
+    int completes;   /* KVM finishes the operation only when re-entered */
+
+    /* what the burst took on itself, for the record */
+    uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem;
+    uint32_t streak; /* retries in a row, bounded */
+
+    /* the fault-loop guard: the previous fault, and how often it came in a row */
+    uint32_t fault_limit, fault_count;
+    int regs_synced; /* KVM leaves the registers in the page; else they are asked for */
+    uint64_t fault_payload[3];
+#if defined(__x86_64__)
+    struct kvm_regs fault_regs;
+#endif
+};
+
+#endif /* KVMEXIT_PAGE_H */

@@ -1,0 +1,61 @@
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from posix.types cimport pid_t
+
+from kvmexit._uapi cimport kvm_regs, kvm_run
+
+
+cdef extern from "_page.h" nogil:
+    struct kvmexit_vcpu:
+        int (*enter)(kvmexit_vcpu *) noexcept nogil
+        kvm_run *run
+        size_t run_size
+        void *script
+        int fd
+        pid_t pid
+        uint32_t request
+        int32_t tid
+        uint64_t deadline_ns
+        int main_thread
+        uint64_t seq
+        uint32_t reason
+        int error
+        int needs, answered, unsettled, completes
+        uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem
+        uint32_t streak
+        uint32_t fault_limit, fault_count
+        int regs_synced
+        uint64_t fault_payload[3]
+        kvm_regs fault_regs
+
+
+cdef enum:
+    REGS = 1
+    SREGS = 2
+    EVENTS = 4
+    REGISTER_BYTES = 520  # kvm_sync_regs: regs, sregs, events
+
+
+cdef class Page:
+    cdef kvmexit_vcpu c
+    cdef unsigned forks
+    cdef object __weakref__
+    cdef object script                       # what c.script points into
+    cdef readonly unsigned long owner        # thread identity of the run() in progress, or 0
+    cdef bint borrowed                       # adopted: the vCPU goes on after us, so leave its page as it was
+    cdef uint64_t borrowed_valid_regs
+    cdef int synced                          # classes KVM copies on every return (valid_regs)
+    cdef int syncable                        # classes it could copy (KVM_CAP_SYNC_REGS)
+    cdef int valid                           # classes whose copy in the page is current
+    cdef int written                         # classes with values kept aside
+    cdef uint8_t value[REGISTER_BYTES]
+    cdef uint8_t mask[REGISTER_BYTES]
+
+    cdef int check(self) except -1
+    cdef int check_mine(self) except -1
+    cdef int load(self, int which) except -1
+    cdef int flush(self) except -1
+    cdef void close(self) noexcept
+
+
+cdef Page map_vcpu(int fd, size_t run_size)
+cdef Page anonymous(size_t run_size)

@@ -1,0 +1,153 @@
+"""The page a vCPU shares with KVM: its mapping, its descriptor, and the registers as KVM last left them in it.
+
+A `Page` refers to nothing that refers back, so a vCPU and the exits made from it can both hold one without a cycle, and the
+mapping outlives `close()`: a kick may be storing to it at that moment (it goes when the last holder goes).
+"""
+
+from libc.errno cimport errno
+from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.unistd cimport close as close_fd, getpid
+
+from kvmexit._ioctl cimport call, forks
+from kvmexit._uapi cimport (
+    KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_VCPU_EVENTS, KVM_SET_REGS, KVM_SET_SREGS, KVM_SET_VCPU_EVENTS, kvm_regs,
+    kvm_sregs, kvm_sync_regs, kvm_vcpu_events,
+)
+from kvmexit.errors import Error, KvmError, VcpuBusyError
+
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident() nogil
+
+
+cdef kvm_sync_regs _layout  # for offsets only
+
+cdef struct RegisterClass:
+    int bit
+    size_t offset, size
+    unsigned long get, set
+
+cdef RegisterClass _classes[3]
+_classes[0] = RegisterClass(REGS, <char *>&_layout.regs - <char *>&_layout, sizeof(kvm_regs), KVM_GET_REGS, KVM_SET_REGS)
+_classes[1] = RegisterClass(
+    SREGS, <char *>&_layout.sregs - <char *>&_layout, sizeof(kvm_sregs), KVM_GET_SREGS, KVM_SET_SREGS)
+_classes[2] = RegisterClass(
+    EVENTS, <char *>&_layout.events - <char *>&_layout, sizeof(kvm_vcpu_events), KVM_GET_VCPU_EVENTS,
+    KVM_SET_VCPU_EVENTS)
+
+_GET_NAMES = {REGS: "KVM_GET_REGS", SREGS: "KVM_GET_SREGS", EVENTS: "KVM_GET_VCPU_EVENTS"}
+_SET_NAMES = {REGS: "KVM_SET_REGS", SREGS: "KVM_SET_SREGS", EVENTS: "KVM_SET_VCPU_EVENTS"}
+
+
+cdef void forget(Page page, RegisterClass *k) noexcept:
+    """Drop what was kept aside for one class."""
+    memset(page.mask + k.offset, 0, k.size)
+    page.written &= ~k.bit
+
+
+cdef class Page:
+    """One vCPU's shared page and descriptor. Internal."""
+
+    def __init__(self):
+        raise TypeError("internal: made by VM.create_vcpu()")
+
+    def __dealloc__(self):
+        # In a forked child this only drops the child's own mapping and descriptor; the parent's vCPU is not touched.
+        self.close()
+        if self.c.run != NULL:
+            munmap(self.c.run, self.c.run_size)
+
+    cdef void close(self) noexcept:
+        if self.borrowed and self.forks == forks():
+            self.c.run.kvm_valid_regs = self.borrowed_valid_regs
+        self.borrowed = False
+        if self.c.fd >= 0:
+            close_fd(self.c.fd)
+            self.c.fd = -1
+
+    cdef int check(self) except -1:
+        """Raise in a forked child: its stores to the shared page would reach the parent's vCPU."""
+        if self.forks != forks():
+            raise Error(
+                f"this vCPU belongs to process {self.c.pid}; after fork() the child must make a VM of its own")
+        return 0
+
+    cdef int check_mine(self) except -1:
+        """Raise where registers may not be touched: in a forked child, or while another thread runs the vCPU."""
+        self.check()
+        if self.owner and self.owner != PyThread_get_thread_ident():
+            raise VcpuBusyError(
+                "registers of a running vCPU: another thread is inside run(); kick() it and wait, or use a handler")
+        return 0
+
+    cdef int load(self, int which) except -1:
+        """Make the page's copy of these register classes current."""
+        cdef RegisterClass *k
+        cdef int i
+        for i in range(3):
+            k = &_classes[i]
+            if k.bit & which & ~self.valid:
+                if self.c.fd >= 0:
+                    call(self.c.fd, _GET_NAMES[k.bit], k.get, <char *>&self.c.run.s.regs + k.offset)
+                self.valid |= k.bit
+        return 0
+
+    cdef int flush(self) except -1:
+        """Hand the values kept aside to KVM. Only when no operation is pending: KVM applies registers before it
+        completes one, whose result would be lost (arch/x86/kvm/x86.c, kvm_arch_vcpu_ioctl_run)."""
+        cdef RegisterClass *k
+        cdef uint8_t *copy
+        cdef int i
+        cdef size_t j
+        for i in range(3):
+            k = &_classes[i]
+            if not self.written & k.bit:
+                continue
+            self.load(k.bit)
+            copy = <uint8_t *>&self.c.run.s.regs + k.offset
+            for j in range(k.size):
+                if self.mask[k.offset + j]:
+                    copy[j] = self.value[k.offset + j]
+            if self.synced & k.bit:
+                self.c.run.kvm_dirty_regs |= <uint64_t>k.bit
+            elif self.c.fd >= 0:
+                try:
+                    call(self.c.fd, _SET_NAMES[k.bit], k.set, copy)
+                except KvmError:
+                    self.valid &= ~k.bit
+                    forget(self, k)
+                    raise
+            forget(self, k)
+        return 0
+
+
+cdef Page map_vcpu(int fd, size_t run_size):
+    """A page over a vCPU's descriptor, which it owns from here on, also when this fails."""
+    cdef Page page = Page.__new__(Page)
+    cdef void *run
+    page.c.fd = fd
+    page.c.pid = getpid()
+    page.forks = forks()
+    run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+    if run == MAP_FAILED:
+        raise KvmError(errno, "mmap of kvm_run")
+    page.c.run = <kvm_run *>run
+    page.c.run_size = run_size
+    return page
+
+
+cdef Page anonymous(size_t run_size):
+    """A page with no kernel behind it, for scripted vCPUs."""
+    cdef Page page = Page.__new__(Page)
+    cdef void *run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    page.c.fd = -1
+    if run == MAP_FAILED:
+        raise KvmError(errno, "mmap")
+    page.c.pid = getpid()
+    page.forks = forks()
+    page.c.run = <kvm_run *>run
+    page.c.run_size = run_size
+    page.valid = REGS | SREGS | EVENTS
+    return page
+
+

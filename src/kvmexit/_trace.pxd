@@ -1,0 +1,35 @@
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from kvmexit._page cimport kvmexit_vcpu
+
+
+cdef struct Step:
+    int error
+    uint32_t reason
+    uint16_t flags
+    uint16_t used         # bytes of payload
+    uint32_t data_size    # PIO bytes
+    size_t data           # their place in the script's arena
+    uint64_t rip
+    int spin
+    uint8_t payload[256]
+
+
+cdef struct Entry:
+    int immediate_exit
+    uint64_t dirty_regs
+
+
+cdef struct Program:
+    Step *steps
+    uint8_t *arena        # PIO bytes: what the guest wrote, or what userspace answered
+    size_t count, position
+    uint64_t repeat       # passes left, this one included
+    long open             # the step whose exit userspace is answering, or -1
+    int keep              # whether answers and entries are kept
+    Entry *entries        # the first MAX_ENTRIES of them
+    size_t entered
+
+
+cdef class Script:
+    cdef Program program

@@ -1,0 +1,17 @@
+from kvmexit._ioctl cimport Handle
+from kvmexit._memory cimport Memory
+from kvmexit._page cimport Page
+from kvmexit._routes cimport RouteTable
+
+
+cdef class VM:
+    cdef Handle handle
+    cdef RouteTable routes
+    cdef object lock            # of changes to routes and capabilities
+    cdef readonly Memory memory
+    cdef readonly object type
+    cdef object pages           # of its vCPUs, weakly
+    cdef str device
+    cdef size_t run_size
+    cdef bint adopted
+    cdef unsigned long serial, hypercalls

@@ -1,0 +1,423 @@
+"""A virtual machine: its descriptor, capabilities, memory, vCPUs and routes. Cold code."""
+
+import enum
+import errno as errnos
+import os
+import platform
+import sys
+import threading
+import time
+import weakref
+from operator import index
+from typing import NamedTuple
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from kvmexit._exits cimport PLACES
+from kvmexit._ioctl cimport Handle, call, call_value
+from kvmexit._memory cimport Memory
+from kvmexit._page cimport EVENTS, REGS, SREGS, Page, map_vcpu
+from kvmexit._routes cimport ANY, RouteTable
+from kvmexit._uapi cimport (
+    KVM_API_VERSION, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_NR_MEMSLOTS, KVM_CAP_SET_IDENTITY_MAP_ADDR,
+    KVM_CAP_SET_TSS_ADDR, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2, KVM_CAP_X86_USER_SPACE_MSR, KVM_CHECK_EXTENSION,
+    KVM_CREATE_IRQCHIP, KVM_CREATE_VCPU, KVM_CREATE_VM, KVM_ENABLE_CAP, KVM_EXIT_HYPERCALL, KVM_EXIT_IO,
+    KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GET_API_VERSION,
+    KVM_GET_SUPPORTED_CPUID, KVM_GET_VCPU_MMAP_SIZE, KVM_IRQ_LINE, KVM_SET_CPUID2, KVM_SET_IDENTITY_MAP_ADDR,
+    KVM_SET_SIGNAL_MASK, KVM_SET_TSS_ADDR, KVM_X86_DEFAULT_VM, KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM,
+    KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM, kvm_enable_cap, kvm_irq_level,
+)
+from kvmexit import _exits
+from kvmexit._ioctl import generic_ioctl
+from kvmexit._routes import Entry, Route
+from kvmexit.errors import Error, KvmError
+from kvmexit.handlers import coerce
+
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident() nogil
+
+
+class VMType(enum.IntEnum):
+    """KVM_X86_*_VM of arch/x86/include/uapi/asm/kvm.h."""
+
+    DEFAULT = KVM_X86_DEFAULT_VM
+    SW_PROTECTED = KVM_X86_SW_PROTECTED_VM
+    SEV = KVM_X86_SEV_VM
+    SEV_ES = KVM_X86_SEV_ES_VM
+    SNP = KVM_X86_SNP_VM
+    TDX = KVM_X86_TDX_VM
+
+
+class AdoptedSlot(NamedTuple):
+    """A memslot that the adopted VM already has: as its owner told KVM. Addresses and sizes in bytes."""
+
+    number: int
+    gpa: int
+    size: int
+    hva: int
+    guest_memfd: int | None = None
+    gmem_offset: int = 0
+
+
+# Below 4 GiB, where firmware leaves three pages free and a page table of KVM's: api.rst, KVM_SET_TSS_ADDR.
+_IDENTITY_MAP = 0xfffbc000
+_TSS = 0xfffbd000
+_DEFAULT_RUN_SIZE = 3 * 4096  # kvm_run, PIO data, coalesced ring
+
+
+def _check_platform():
+    if sys.platform != "linux":
+        raise Error(f"kvmexit runs vCPUs on Linux, this is {sys.platform}; kvmexit.testing.ScriptedVM works anywhere")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise Error(
+            f"kvmexit runs vCPUs on x86-64, this is {platform.machine()}; kvmexit.testing.ScriptedVM works anywhere")
+
+
+cdef int _open_device(device) except -1:
+    """Open /dev/kvm and see that it is KVM."""
+    try:
+        fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        hint = KvmError(error.errno, "open /dev/kvm").hint
+        raise KvmError(error.errno, f"open {os.fspath(device)}", hint) from None
+    try:
+        version = call_value(fd, "KVM_GET_API_VERSION", KVM_GET_API_VERSION, 0)
+        if version != KVM_API_VERSION:
+            raise Error(f"{device} speaks KVM API version {version}, not {KVM_API_VERSION}")
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, KvmError):
+            raise KvmError(error.errno, error.call, f"{device} is no KVM device") from None
+        raise
+    return fd
+
+
+cdef class VM:
+    """A virtual machine. A context manager: leaving the block closes it.
+
+    type: a VMType; device: the KVM device. On processors that need them the TSS and identity-map pages are placed at
+    0xfffbd000 and 0xfffbc000.
+
+    memory: its Memory. fd: its descriptor.
+
+    Raises KvmError where the device cannot be opened or has no such VM type, Error on other systems and processors.
+    After fork() every use of it in the child raises Error.
+    """
+
+    def __init__(self, type=VMType.DEFAULT, *, device="/dev/kvm"):
+        cdef int kvm, fd
+        type = VMType(type)
+        _check_platform()
+        kvm = _open_device(device)
+        try:
+            fd = call_value(kvm, "KVM_CREATE_VM", KVM_CREATE_VM, type)
+            self.run_size = _run_size(kvm)
+        finally:
+            os.close(kvm)
+        self._set_up(Handle(fd, "this VM"), type, device)
+        if self.check(KVM_CAP_IMMEDIATE_EXIT) == 0:
+            self.close()
+            raise Error("kvmexit needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.13)")
+        self.memory = Memory(
+            self.handle, self.type, self.check(KVM_CAP_USER_MEMORY2) > 0, range(self.check(KVM_CAP_NR_MEMSLOTS) - 1, -1, -1))
+        if type != VMType.TDX:
+            self._place_intel_pages()
+
+    def _set_up(self, handle, type, device):
+        self.handle = handle
+        self.type = type
+        self.device = os.fspath(device)
+        self.routes = RouteTable()
+        self.lock = threading.RLock()
+        self.pages = weakref.WeakSet()
+
+    def _set_up_scripted(self):
+        """Make this a VM without a kernel behind it (kvmexit.testing.ScriptedVM)."""
+        self._set_up(Handle(-1, "this VM"), VMType.DEFAULT, "")
+        self.memory = Memory(self.handle, self.type, True, range(63, -1, -1))
+
+    def _place_intel_pages(self):
+        cdef uint64_t identity_map = _IDENTITY_MAP
+        if self.check(KVM_CAP_SET_IDENTITY_MAP_ADDR):
+            call(self.handle.fd, "KVM_SET_IDENTITY_MAP_ADDR", KVM_SET_IDENTITY_MAP_ADDR, &identity_map)
+        if self.check(KVM_CAP_SET_TSS_ADDR):
+            call_value(self.handle.fd, "KVM_SET_TSS_ADDR", KVM_SET_TSS_ADDR, _TSS)
+
+    @classmethod
+    def adopt(cls, fd, *, type=VMType.DEFAULT, slots=(), free_slots=(), device="/dev/kvm"):
+        """Work on a VM that a VMM in this process owns; -> VM.
+
+        fd: its descriptor, duplicated; the caller's is never closed. type: what it was created as. slots: its memslots, as
+        AdoptedSlot or tuples like it. free_slots: slot numbers that memory.add() may use; close() deletes those slots again.
+        Raises KvmError where `fd` is no VM of this process (EIO: KVM checks the address space).
+        """
+        cdef VM vm
+        _check_platform()
+        vm = cls.__new__(cls)
+        vm._set_up(Handle(os.dup(fd), "this VM"), VMType(type), device)
+        vm.adopted = True
+        vm.run_size = 0
+        region2 = vm.check(KVM_CAP_USER_MEMORY2) > 0
+        vm.memory = Memory(vm.handle, vm.type, region2, sorted(free_slots, reverse=True))
+        for slot in slots:
+            vm.memory.adopt(*AdoptedSlot(*slot))
+        return vm
+
+    # ---- lifetime ----
+
+    def close(self):
+        """Close the VM: kick its vCPUs, wait for their run() to return, release everything.
+
+        Views of guest memory stay valid. Raises Error when called from one of its own vCPUs' handlers. Closing twice is
+        no error. In a forked child it only drops the child's descriptors.
+        """
+        if self.handle is None:
+            return
+        from kvmexit._loop import kick_page
+        me = PyThread_get_thread_ident()
+        mine = True
+        try:
+            self.handle.check()
+        except Error:
+            mine = False  # forked, or closed already
+        if mine:
+            if any((<Page>page).owner == me for page in self.pages):
+                raise Error("close() from a handler of a running vCPU: return STOP, and close after run()")
+            self.handle.closed = True  # from here on run() and everything else is refused
+        while any((<Page>page).owner for page in self.pages) and mine:
+            for page in self.pages:
+                if (<Page>page).owner:
+                    kick_page(page)
+            time.sleep(0.001)  # with the GIL released; raises on Ctrl-C, and close() can be called again
+        for page in self.pages:
+            (<Page>page).close()
+        if self.memory is not None:
+            self.memory.close(self.adopted and mine)
+        self.handle.close()
+
+    def __del__(self):
+        if self.adopted and self.handle is not None and not self.handle.closed:
+            self.close()  # the adopted VM lives on: take our slots out of it
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    @property
+    def closed(self):
+        """Whether close() was called."""
+        return self.handle.closed
+
+    @property
+    def fd(self):
+        """The VM's descriptor, an int. Error when closed."""
+        self.handle.check()
+        return self.handle.fd
+
+    def __repr__(self):
+        state = "closed" if self.handle is None or self.handle.closed else f"fd {self.handle.fd}"
+        return f"<{type(self).__name__} {self.type!r}, {state}>"
+
+    # ---- capabilities ----
+
+    def check(self, cap):
+        """KVM_CHECK_EXTENSION on this VM: -> what KVM says of capability number `cap`, 0 where it has none."""
+        self.handle.check()
+        if self.handle.fd < 0:
+            return 0
+        return call_value(self.handle.fd, "KVM_CHECK_EXTENSION", KVM_CHECK_EXTENSION, cap)
+
+    def enable(self, cap, *args):
+        """KVM_ENABLE_CAP on this VM, with up to four numbers."""
+        cdef kvm_enable_cap argument
+        if len(args) > 4:
+            raise ValueError(f"KVM_ENABLE_CAP takes four arguments at most, not {len(args)}")
+        memset(&argument, 0, sizeof(argument))
+        argument.cap = cap
+        for i, value in enumerate(args):
+            argument.args[i] = value
+        call(self.fd, "KVM_ENABLE_CAP", KVM_ENABLE_CAP, &argument)
+
+    def ioctl(self, number, argument=0):
+        """Any ioctl on the VM: `argument` is an int, or a buffer that is changed in place. -> its result.
+
+        The buffer is checked against the size in `number` only: of structs with a trailing array the counts are yours.
+        """
+        return generic_ioctl(self.fd, number, argument)
+
+    # ---- vCPUs and interrupts ----
+
+    def create_vcpu(self, id=0):
+        """-> a new Vcpu with the CPUID that the host's KVM supports. Raises KvmError where KVM refuses the id."""
+        cdef int fd
+        cdef Page page
+        from kvmexit._loop import Vcpu
+        self.handle.check()
+        if id < 0:
+            raise ValueError(f"vCPU id {id} is negative")
+        fd = call_value(self.fd, "KVM_CREATE_VCPU", KVM_CREATE_VCPU, id)
+        page = map_vcpu(fd, self.run_size)
+        self._set_cpuid(fd)
+        return self._make_vcpu(Vcpu, page, id)
+
+    def adopt_vcpu(self, fd, id=0):
+        """-> Vcpu over a vCPU that a VMM in this process owns; its descriptor is duplicated.
+
+        Nobody else may run it meanwhile, and nothing may be pending: complete it first. Its KVM_SET_SIGNAL_MASK is cleared,
+        since it could block our kick; its valid_regs are restored when the VM is closed or the Vcpu goes.
+        """
+        cdef Page page
+        from kvmexit._loop import Vcpu
+        self.handle.check()
+        if not self.run_size:
+            self.run_size = _adopted_run_size(self.device)
+        page = map_vcpu(os.dup(fd), self.run_size)
+        call(page.c.fd, "KVM_SET_SIGNAL_MASK", KVM_SET_SIGNAL_MASK, NULL)
+        page.borrowed = True
+        page.borrowed_valid_regs = page.c.run.kvm_valid_regs
+        return self._make_vcpu(Vcpu, page, id)
+
+    def _make_vcpu(self, cls, Page page, id):
+        page.syncable = self.check(KVM_CAP_SYNC_REGS) & (REGS | SREGS | EVENTS)
+        vcpu = cls._make(self, page, id)
+        self.pages.add(page)
+        return vcpu
+
+    def _set_cpuid(self, int fd):
+        cdef uint8_t[::1] data
+        kvm = _open_device(self.device)
+        try:
+            entries = 128
+            while True:
+                table = bytearray(8 + 40 * entries)
+                table[:4] = entries.to_bytes(4, "little")
+                data = table
+                try:
+                    call(kvm, "KVM_GET_SUPPORTED_CPUID", KVM_GET_SUPPORTED_CPUID, &data[0])
+                    break
+                except KvmError as error:
+                    if error.errno != errnos.E2BIG or entries > 4096:
+                        raise
+                entries *= 2
+        finally:
+            os.close(kvm)
+        call(fd, "KVM_SET_CPUID2", KVM_SET_CPUID2, &data[0])
+
+    def create_irqchip(self):
+        """An in-kernel interrupt controller (KVM_CREATE_IRQCHIP); before the first vCPU."""
+        call_value(self.fd, "KVM_CREATE_IRQCHIP", KVM_CREATE_IRQCHIP, 0)
+
+    def irq_line(self, gsi, level):
+        """Set an interrupt line of the in-kernel controller (KVM_IRQ_LINE)."""
+        cdef kvm_irq_level argument
+        argument.irq = gsi
+        argument.level = 1 if level else 0
+        call(self.fd, "KVM_IRQ_LINE", KVM_IRQ_LINE, &argument)
+
+    # ---- routes ----
+
+    def on(self, exit_class, handler=None):
+        """Call `handler(vcpu, exit)` for every exit of a class; for `Exit`, of any. Without a handler: a decorator. -> Route.
+
+        Ranges come before classes, classes before `Exit`; of equals the newest comes first.
+        """
+        if exit_class is _exits.Exit:
+            place = ANY
+        elif exit_class in _exits.CLASSES:
+            place = _exits.CLASSES.index(exit_class)
+        else:
+            raise ValueError(f"{exit_class!r} is no class of exits that handlers see")
+        return self._route((place,), 0, UINT64_MAX, handler)
+
+    def on_pio(self, port, count=1, handler=None):
+        """Answer port I/O on `count` ports from `port`: see on()."""
+        port, last = _span(port, count, 0xffff, "port")
+        return self._route((KVM_EXIT_IO,), port, last, handler)
+
+    def on_mmio(self, gpa, size, handler=None):
+        """Answer MMIO whose address lies in `size` bytes from `gpa`: see on()."""
+        gpa, last = _span(gpa, size, UINT64_MAX, "gpa")
+        return self._route((KVM_EXIT_MMIO,), gpa, last, handler)
+
+    def on_memory_fault(self, gpa=None, size=None, handler=None):
+        """Repair memory faults, all or those whose gpa lies in `size` bytes from `gpa`: see on()."""
+        if (gpa is None) != (size is None):
+            raise ValueError("give gpa and size, or neither")
+        gpa, last = (0, UINT64_MAX) if gpa is None else _span(gpa, size, UINT64_MAX, "gpa")
+        return self._route((KVM_EXIT_MEMORY_FAULT,), gpa, last, handler)
+
+    def on_hypercall(self, nr, handler=None):
+        """Answer hypercall `nr`; the handler returns what goes to the guest's RAX. Enables KVM_CAP_EXIT_HYPERCALL for it.
+
+        Raises ValueError for a number that KVM never forwards (it forwards 12, KVM_HC_MAP_GPA_RANGE). See on().
+        """
+        nr = index(nr)
+        if self.handle.fd >= 0:
+            forwarded = self.check(KVM_CAP_EXIT_HYPERCALL)
+            if not 0 <= nr < 64 or not forwarded >> nr & 1:
+                able = [n for n in range(64) if forwarded >> n & 1]
+                raise ValueError(f"KVM does not forward hypercall {nr} to userspace; it can forward {able}")
+            with self.lock:
+                self.enable(KVM_CAP_EXIT_HYPERCALL, self.hypercalls | 1 << nr)
+                self.hypercalls |= 1 << nr
+        return self._route((KVM_EXIT_HYPERCALL,), nr, nr, handler)
+
+    def on_msr(self, first, count=1, handler=None):
+        """Answer accesses to MSRs that KVM does not know or refuses: Rdmsr and Wrmsr exits. Enables KVM_CAP_X86_USER_SPACE_MSR.
+
+        An MSR that KVM handles itself comes only if a filter (KVM_X86_SET_MSR_FILTER) denies it. See on().
+        """
+        first, last = _span(first, count, 0xffffffff, "MSR")
+        if self.handle.fd >= 0:
+            if not self.check(KVM_CAP_X86_USER_SPACE_MSR):
+                raise KvmError(errnos.EOPNOTSUPP, "KVM_CAP_X86_USER_SPACE_MSR", "MSR exits need Linux 5.10 or later")
+            self.enable(KVM_CAP_X86_USER_SPACE_MSR, 7)  # invalid, unknown, filtered
+        return self._route((KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR), first, last, handler)
+
+    def _route(self, places, first, last, handler):
+        if handler is None:
+            def register(function):
+                self._route(places, first, last, function)
+                return function
+            return register
+        handler = coerce(handler)
+        with self.lock:
+            self.handle.check()
+            self.serial += 1
+            entries = [Entry(handler, place, first, last, self.serial) for place in places]
+            self.routes = self.routes.added(entries)
+        return Route(self, handler, entries)
+
+    def _remove_entries(self, entries):
+        with self.lock:
+            self.routes = self.routes.removed(entries)
+
+
+def _span(first, count, limit, what):
+    """Check a range of ports, addresses or numbers; -> first, last."""
+    first, count = index(first), index(count)
+    if count <= 0:
+        raise ValueError(f"a range of {count} is empty")
+    if first < 0 or first + count - 1 > limit:
+        raise ValueError(f"{what} {first:#x} + {count:#x} is outside 0..{limit:#x}")
+    return first, first + count - 1
+
+
+cdef size_t _run_size(int kvm) except 0:
+    return call_value(kvm, "KVM_GET_VCPU_MMAP_SIZE", KVM_GET_VCPU_MMAP_SIZE, 0)
+
+
+cdef size_t _adopted_run_size(device) except 0:
+    """Only the device tells; a process that can no longer open it gets what x86 has always had."""
+    try:
+        kvm = _open_device(device)
+    except KvmError:
+        return _DEFAULT_RUN_SIZE
+    try:
+        return _run_size(kvm)
+    finally:
+        os.close(kvm)

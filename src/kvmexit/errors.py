@@ -1,0 +1,66 @@
+"""What kvmexit raises. Bad arguments are ValueError and TypeError; everything else derives from `Error`."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["Error", "FaultLoopError", "KvmError", "NotPendingError", "VcpuBusyError"]
+
+
+class Error(Exception):
+    """Base class of kvmexit's errors; raised itself for a closed VM, a forked child, an unfit machine."""
+
+
+class KvmError(Error, OSError):
+    """A system call to KVM failed. `call` names it, `errno` and `strerror` are the kernel's, `hint` is what to try next."""
+
+    call: str
+    hint: str
+
+    def __init__(self, errno: int, call: str, hint: str = "") -> None:
+        OSError.__init__(self, errno, os.strerror(errno))
+        self.call = call
+        self.hint = hint or _HINTS.get((call, errno), "")
+
+    def __str__(self) -> str:
+        text = f"{self.call}: {self.strerror} (errno {self.errno})"
+        return f"{text}; {self.hint}" if self.hint else text
+
+    def __reduce__(self) -> tuple[type[KvmError], tuple[int | None, str, str]]:
+        return type(self), (self.errno, self.call, self.hint)
+
+
+class FaultLoopError(Error):
+    """The guest keeps raising one and the same fault: what answers it does not repair it. `fault` is the last one."""
+
+    fault: object
+
+    def __init__(self, message: str, fault: object = None) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+class NotPendingError(Error):
+    """An answer came too late: KVM has been re-entered since that exit."""
+
+
+class VcpuBusyError(Error):
+    """The vCPU is inside run(), and a vCPU runs on one thread at a time."""
+
+
+_E = {name: number for number, name in __import__("errno").errorcode.items()}
+_HINTS = {
+    ("open /dev/kvm", _E["ENOENT"]): "load the kvm_intel or kvm_amd module; in a VM, enable nested virtualisation",
+    ("open /dev/kvm", _E["EACCES"]): "add the user to the group that owns the device (usually kvm), or run as root",
+    ("KVM_CREATE_VM", _E["EINVAL"]): "this kernel has no such VM type; vm types it has: KVM_CAP_VM_TYPES on /dev/kvm",
+    ("KVM_CREATE_VM", _E["EBUSY"]): "another hypervisor has the processor's virtualisation",
+    ("KVM_CREATE_VCPU", _E["EEXIST"]): "the VM has a vCPU with this id; choose another",
+    ("KVM_CREATE_VCPU", _E["EINVAL"]): "the id is beyond what this VM allows (KVM_CAP_MAX_VCPU_ID)",
+    ("KVM_RUN", _E["EINVAL"]): "KVM refused the registers or the answer: see vcpu.regs, vcpu.cr8, and `ret` of the last exit",
+    ("KVM_RUN", _E["EIO"]): "the VM is dead: it was created by another process, or KVM hit a bug; make a new one",
+    ("KVM_RUN", _E["ENOMEM"]): "the kernel is out of memory",
+    ("KVM_RUN", _E["ENOEXEC"]): "the vCPU was not initialised",
+    ("KVM_SET_SREGS", _E["EINVAL"]): "control registers and segments contradict each other, or CPUID lacks the mode",
+    ("KVM_CREATE_GUEST_MEMFD", _E["EINVAL"]): "this kernel or VM type does not take these gmem_flags",
+    ("KVM_CREATE_GUEST_MEMFD", _E["ENOTTY"]): "guest_memfd needs Linux 6.8 or later",
+}

@@ -42,8 +42,8 @@ def extensions():
             [str(path)],
             include_dirs=[str(SOURCE)],
             define_macros=macros,
-            extra_compile_args=["-std=gnu11", "-fvisibility=hidden", "-Wno-unused-function", *flags],
-            extra_link_args=links,
+            extra_compile_args=["-std=gnu11", "-fvisibility=hidden", "-fno-plt", *(flags or ["-g0"])],
+            extra_link_args=links or ["-Wl,--strip-debug"],
             depends=[str(p) for p in sorted(SOURCE.rglob("*.h"))],
             py_limited_api=stable_abi(),
         )
@@ -65,7 +65,8 @@ def cythonized():
         extensions(),
         build_dir="build",
         include_path=["src"],
-        compiler_directives={"language_level": "3", "linetrace": "coverage" in chosen()},
+        compiler_directives={"language_level": "3", "auto_pickle": False, "nonecheck": True,
+                             "linetrace": "coverage" in chosen()},
     )
 
 

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmexit._page cimport Page
+from kvmexit._page cimport Page, kvmexit_vcpu
 from kvmexit._uapi cimport (
     KVM_EXIT_EPR, KVM_EXIT_HYPERCALL, KVM_EXIT_HYPERV, KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_OSI, KVM_EXIT_PAPR_HCALL,
     KVM_EXIT_SNP_REQ_CERTS, KVM_EXIT_TDX, KVM_EXIT_X86_BUS_LOCK, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_EXIT_XEN, kvm_run,
@@ -11,8 +11,8 @@ cdef enum:
     PAYLOAD = 256      # the union in kvm_run
     INLINE_DATA = 16   # PIO bytes kept in the object; longer strings go into one bytes object
     KNOWN = 44         # exit reasons 0..43
-    UNEXPLAINED = 44   # places behind them in the tables by reason
-    UNKNOWN = 45
+    UNEXPLAINED = 44   # the place of a bare fault
+    UNKNOWN = 45       # the place of reasons beyond, and of payloads that contradict themselves
     PLACES = 46
 
 
@@ -20,7 +20,7 @@ cdef class Exit:
     cdef Page page          # None for an exit that no vCPU stands behind
     cdef uint64_t seq       # page.c.seq when it was made
     cdef uint32_t code      # kvm_run.exit_reason
-    cdef uint32_t place     # the same where it is known and makes sense, else UNEXPLAINED or UNKNOWN
+    cdef uint32_t place     # as kvmexit_vcpu.place
     cdef int error_
     cdef uint16_t run_flags_
     cdef uint8_t payload[PAYLOAD]
@@ -55,7 +55,7 @@ cdef class Interrupted(Exit):
 cdef kvm_run *as_run(Exit e) noexcept
 cdef Exit make(list cache, Page page)
 cdef Interrupted make_interrupted(Page page, str cause)
-cdef bint owes_answer(Page page) noexcept
+cdef void classify(kvmexit_vcpu *c) noexcept nogil
 cdef int answer(Exit e, object value) except -1
 
 

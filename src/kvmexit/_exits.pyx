@@ -151,7 +151,7 @@ cdef class Exit:
             raise NotPendingError(f"{self!r} is no longer pending: the vCPU has been re-entered since")
         self.page.check_mine()
         c = &self.page.c
-        # SAFETY: callers give offsets inside the union, or the PIO area that is_well_formed() checked against run_size.
+        # SAFETY: callers give offsets inside the union, or the PIO area that is_well_formed_io() checked against run_size.
         memcpy(<uint8_t *>c.run + offset, data, size)
         c.answered = True
         c.unsettled = False
@@ -161,6 +161,7 @@ cdef class Exit:
 # ---- fields of the payload ----
 
 cdef kvm_run _layout  # for offsets only
+cdef size_t UNION = <char *>&_layout.hw - <char *>&_layout
 
 
 cdef class Field:
@@ -204,7 +205,7 @@ cdef class Answer(Field):
 
     def __set__(self, instance, value):
         cdef Exit e = <Exit?>instance
-        cdef bytes data
+        cdef uint64_t numbers[32]
         cdef size_t i
         if self.only >= 0 and (<uint32_t *>e.payload)[0] != <uint32_t>self.only:
             raise AttributeError(f"{e!r} does not ask for this answer")
@@ -213,21 +214,24 @@ cdef class Answer(Field):
             raise ValueError(f"{self.count} numbers expected, not {len(values)}")
         if self.allowed is not None and value not in self.allowed:
             raise ValueError(f"{value!r} is none of {self.allowed}, all that KVM takes here")
-        # Both conversions first, so that a bad value changes nothing.
-        data = b"".join([to_bytes(v, self.size) for v in values])
-        e.write(<size_t>(<char *>&_layout.hw - <char *>&_layout) + self.at, <const char *>data, len(data))
-        memcpy(e.payload + self.at, <const char *>data, len(data))
+        # All conversions first, so that a bad value changes nothing.
+        for i in range(self.count):
+            numbers[i] = to_number(values[i], self.size)
+        for i in range(self.count):
+            e.write(UNION + self.at + i * self.size, &numbers[i], self.size)
+            memcpy(e.payload + self.at + i * self.size, &numbers[i], self.size)
 
 
-cdef bytes to_bytes(value, size_t size):
-    """An answer of `size` bytes, little-endian. TypeError for what is no integer, ValueError for what does not fit."""
+cdef uint64_t to_number(value, size_t size) except? 0:
+    """An answer of up to 8 bytes. TypeError for what is no integer, ValueError for what does not fit."""
+    cdef uint64_t number
     if isinstance(value, bool):
         raise TypeError("a bool is no data: return an int, bytes, or None for a write")
-    number = index(value)
-    try:
-        return number.to_bytes(size, "little")
-    except OverflowError:
-        raise ValueError(f"{number:#x} does not fit {size} unsigned byte{'s' if size > 1 else ''}") from None
+    integer = index(value)
+    if integer < 0 or integer >> (8 * size):
+        raise ValueError(f"{integer:#x} does not fit {size} unsigned byte{'s' if size > 1 else ''}")
+    number = integer
+    return number
 
 
 cdef Field _place(Field field, void *member, size_t size, size_t count, int only):
@@ -864,50 +868,45 @@ CLASSES = [
 
 cdef kvm_run *as_run(Exit e) noexcept:
     """The payload seen through struct kvm_run. SAFETY: for the union's members only; what precedes it is not there."""
-    return <kvm_run *>(e.payload - (<char *>&_layout.hw - <char *>&_layout))
+    return <kvm_run *>(e.payload - UNION)
 
 
-cdef bint is_well_formed(Page page) noexcept:
-    """Whether the lengths and offsets of an I/O or MMIO exit can be used as they are."""
-    cdef kvm_run *run = page.c.run
-    cdef uint64_t n
-    if page.c.reason == KVM_EXIT_IO:
-        n = <uint64_t>run.io.size * run.io.count
-        return (
-            run.io.direction <= KVM_EXIT_IO_OUT and run.io.size in (1, 2, 4) and run.io.count > 0
-            and run.io.data_offset >= sizeof(kvm_run) and run.io.data_offset <= page.c.run_size
-            and n <= page.c.run_size - run.io.data_offset)
-    if page.c.reason == KVM_EXIT_MMIO:
-        return 1 <= run.mmio.len <= 8 and run.mmio.is_write <= 1
-    return True
-
-
-cdef bint owes_answer(Page page) noexcept:
-    """Whether KVM waits for something that userspace has to write before it re-enters."""
-    cdef kvm_run *run = page.c.run
-    cdef uint32_t reason = page.c.reason
-    if reason == KVM_EXIT_IO:
+cdef void classify(kvmexit_vcpu *c) noexcept nogil:
+    """Say what the exit in hand is: its place in the tables, and whether KVM waits for an answer."""
+    cdef kvm_run *run = c.run
+    c.needs = False
+    if c.reason == KVM_EXIT_IO:
         # What contradicts itself cannot be answered, and completing it would hand the guest rubbish: it stays owing.
-        return run.io.direction == KVM_EXIT_IO_IN or not is_well_formed(page)
-    if reason == KVM_EXIT_MMIO:
-        return not run.mmio.is_write or not is_well_formed(page)
-    if reason == KVM_EXIT_HYPERV:
-        return run.hyperv.type == KVM_EXIT_HYPERV_HCALL or run.hyperv.type == KVM_EXIT_HYPERV_SYNDBG
-    return reason in (
-        KVM_EXIT_HYPERCALL, KVM_EXIT_X86_RDMSR, KVM_EXIT_XEN, KVM_EXIT_TDX, KVM_EXIT_SNP_REQ_CERTS)
+        c.place = KVM_EXIT_IO if is_well_formed_io(c) else <uint32_t>UNKNOWN
+        c.needs = c.place == UNKNOWN or run.io.direction == KVM_EXIT_IO_IN
+    elif c.reason == KVM_EXIT_MMIO:
+        c.place = KVM_EXIT_MMIO if 1 <= run.mmio.len <= 8 and run.mmio.is_write <= 1 else <uint32_t>UNKNOWN
+        c.needs = c.place == UNKNOWN or not run.mmio.is_write
+    elif c.reason == KVMEXIT_REASON_SENTINEL:
+        c.place = UNEXPLAINED
+    elif c.reason >= KNOWN:
+        c.place = UNKNOWN
+    else:
+        c.place = c.reason
+        if c.reason == KVM_EXIT_HYPERV:
+            c.needs = run.hyperv.type == KVM_EXIT_HYPERV_HCALL or run.hyperv.type == KVM_EXIT_HYPERV_SYNDBG
+        else:
+            c.needs = c.reason in (
+                KVM_EXIT_HYPERCALL, KVM_EXIT_X86_RDMSR, KVM_EXIT_XEN, KVM_EXIT_TDX, KVM_EXIT_SNP_REQ_CERTS)
 
 
-# Bytes of the union that an exit uses, in the order of the reasons; what is not listed here is copied whole.
-cdef size_t _used[PLACES]
-cdef int _i
-for _i in range(PLACES):
-    _used[_i] = PAYLOAD
-_used[KVM_EXIT_IO] = sizeof(_layout.io)
-_used[KVM_EXIT_MMIO] = sizeof(_layout.mmio)
-_used[KVM_EXIT_HYPERCALL] = sizeof(_layout.hypercall)
-_used[KVM_EXIT_X86_RDMSR] = sizeof(_layout.msr)
-_used[KVM_EXIT_X86_WRMSR] = sizeof(_layout.msr)
-_used[KVM_EXIT_MEMORY_FAULT] = sizeof(_layout.memory_fault)
+cdef bint is_well_formed_io(kvmexit_vcpu *c) noexcept nogil:
+    """Whether the lengths and offsets of a port I/O exit can be used as they are."""
+    cdef kvm_run *run = c.run
+    cdef uint64_t n = <uint64_t>run.io.size * run.io.count
+    return (
+        run.io.direction <= KVM_EXIT_IO_OUT and run.io.size in (1, 2, 4) and run.io.count > 0
+        and run.io.data_offset >= sizeof(kvm_run) and run.io.data_offset <= c.run_size
+        and n <= c.run_size - run.io.data_offset)
+
+
+cdef enum:
+    SHORT = 72  # bytes of the union that the frequent exits use; a constant, so that copying them is a few instructions
 
 
 cdef Exit make(list cache, Page page):
@@ -916,13 +915,7 @@ cdef Exit make(list cache, Page page):
     cdef kvmexit_vcpu *c = &page.c
     cdef Exit e
     cdef PyObject *kept
-    cdef uint32_t place
-    if c.reason == KVMEXIT_REASON_SENTINEL:
-        place = UNEXPLAINED
-    elif c.reason >= KNOWN or not is_well_formed(page):
-        place = UNKNOWN
-    else:
-        place = c.reason
+    cdef uint32_t place = c.place
     kept = PyList_GetItem(cache, place)
     if kept != <PyObject *>None and (<Exit>kept).seq == c.seq:
         return <Exit>kept  # offered again
@@ -938,7 +931,10 @@ cdef Exit make(list cache, Page page):
     e.code = c.reason
     e.error_ = c.error
     e.run_flags_ = c.run.flags
-    memcpy(e.payload, &c.run.hw, _used[place])
+    if place in (KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_HYPERCALL, KVM_EXIT_MEMORY_FAULT):
+        memcpy(e.payload, &c.run.hw, SHORT)
+    else:
+        memcpy(e.payload, &c.run.hw, PAYLOAD)
     if place == KVM_EXIT_IO:
         fill_io(<Io>e, c)
     elif place == KVM_EXIT_MMIO:
@@ -957,7 +953,7 @@ cdef int fill_io(Io e, kvmexit_vcpu *c) except -1:
     e.answered = False
     e.long_data = None
     if run.io.direction:
-        # SAFETY: is_well_formed() has checked the offset and the length against the mapping.
+        # SAFETY: is_well_formed_io() has checked the offset and the length against the mapping.
         data = <char *>c.run + run.io.data_offset
         n = <size_t>run.io.size * run.io.count
         if n <= INLINE_DATA:
@@ -984,7 +980,9 @@ cdef int answer_data(Exit e, value) except -1:
     cdef kvm_run *run = as_run(e)
     cdef Io io
     cdef size_t size, count, offset
-    cdef bytes data
+    cdef bytes data = None
+    cdef uint64_t number
+    cdef const char *source
     if run_is_write(e):
         raise AttributeError(f"{e!r} is a write: there is nothing to answer")
     if isinstance(e, Io):
@@ -995,21 +993,23 @@ cdef int answer_data(Exit e, value) except -1:
         data = bytes(value)
         if <size_t>len(data) != size * count:
             raise ValueError(f"{e!r} takes {size * count} bytes, not {len(data)}")
+        source = <const char *>data
     elif count > 1:
         raise TypeError(f"{e!r} takes bytes ({size} * {count}), not {type(value).__name__}")
     else:
-        data = to_bytes(value, size)
-    e.write(offset, <const char *>data, len(data))
+        number = to_number(value, size)
+        source = <const char *>&number
+    e.write(offset, source, size * count)
     if isinstance(e, Io):
         io = <Io>e
         io.answered = True
-        if len(data) > INLINE_DATA:
+        if size * count > INLINE_DATA:
             io.long_data = data
         else:
-            memcpy(io.inline_data, <const char *>data, len(data))
+            memcpy(io.inline_data, source, size * count)
     else:
         (<Mmio>e).answered = True
-        memcpy(run.mmio.data, <const char *>data, len(data))
+        memcpy(run.mmio.data, source, size)
     return 0
 
 
@@ -1019,11 +1019,12 @@ cdef bint run_is_write(Exit e) noexcept:
 
 cdef int answer(Exit e, value) except -1:
     """What a handler returned for an exit: write it where KVM looks for it, or say why it cannot be an answer."""
-    if hasattr(value, "__await__") or hasattr(value, "send"):
-        if hasattr(value, "close"):
-            value.close()  # or the interpreter prints that it was never awaited
-        raise TypeError(f"a handler answered with a {type(value).__name__}: handlers are plain functions")
-    if isinstance(value, bool):
+    if not isinstance(value, (int, bytes)):
+        if hasattr(value, "__await__") or hasattr(value, "send"):
+            if hasattr(value, "close"):
+                value.close()  # or the interpreter prints that it was never awaited
+            raise TypeError(f"a handler answered with a {type(value).__name__}: handlers are plain functions")
+    elif isinstance(value, bool):
         raise TypeError(f"a handler returned {value}: return None (done), data for a read, PASS or STOP")
     if isinstance(e, (Io, Mmio)):
         if run_is_write(e):

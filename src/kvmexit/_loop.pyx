@@ -10,12 +10,13 @@ import threading
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOMEM, errno
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from kvmexit._exits cimport (
-    PLACES, UNEXPLAINED, Exit, UnexplainedFault, Mmio, answer, completes_on_entry, make, make_interrupted, owes_answer,
+    PLACES, UNEXPLAINED, Exit, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make, make_interrupted,
 )
 from kvmexit._ioctl cimport call, call_value
 from kvmexit._page cimport EVENTS, REGS, SREGS, Page, kvmexit_vcpu
@@ -33,6 +34,8 @@ from kvmexit.handlers import PASS, STOP
 
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() nogil
+    object PyObject_Vectorcall(object, PyObject **, size_t, PyObject *)
+    const size_t PY_VECTORCALL_ARGUMENTS_OFFSET
 
 cdef extern from "<errno.h>" nogil:
     const int EHWPOISON
@@ -287,21 +290,28 @@ cdef class Vcpu:
         cdef Page page = self.page
         cdef kvmexit_vcpu *c = &page.c
         cdef Outcome outcome
+        cdef uint32_t reason = c.reason
         c.seq += 1  # with the GIL held: from here on no other thread can answer the previous exit
-        c.needs = c.answered = False
         if c.fault_count and self.seen_changes != self.vm.memory.changes:
             c.fault_count = 0  # something was done about it
         with nogil:
             outcome = burst(c, drain)
         page.valid = page.synced
+        if outcome == FAILED or outcome == NO_MEMORY or outcome == UNWRITTEN:
+            # The entry did not happen: what was pending still is, with its answer.
+            c.reason = reason
+            c.seq -= 1
+            return outcome
+        classify(c)
         if outcome == EXIT:
-            c.needs = owes_answer(page)
             c.unsettled = True
             if c.reason == KVM_EXIT_IRQ_WINDOW_OPEN:
                 c.run.request_interrupt_window = 0
         elif outcome == FAULT or outcome == LOOPING:
             c.unsettled = outcome == FAULT
             self.seen_changes = self.vm.memory.changes
+        else:
+            c.needs = False  # there is no exit
         return outcome
 
     def _fail(self, int outcome):
@@ -343,17 +353,21 @@ cdef class Vcpu:
         cdef kvmexit_vcpu *c = &self.page.c
         cdef RouteTable routes = self.vm.routes
         cdef Py_ssize_t position = 0
+        cdef PyObject *handler
+        cdef PyObject *arguments[3]
         c.unsettled = True
         c.answered = False
         while True:
             handler = routes.find(e, &position)
-            if handler is None:
+            if handler == NULL:
                 c.unsettled = False
                 return False
-            verdict = handler(self, e)
+            # Called directly: a reference less, and the stable ABI has no shorter way.
+            arguments[1], arguments[2] = <PyObject *>self, <PyObject *>e
+            verdict = PyObject_Vectorcall(<object>handler, arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
             if verdict is None:
                 if c.needs and not c.answered:
-                    raise TypeError(f"{handler!r} returned None for {e!r}, which asks for an answer: return it, or PASS or STOP")
+                    raise TypeError(f"{<object>handler!r} returned None for {e!r}, which asks for an answer: return it, or PASS or STOP")
                 c.unsettled = False
                 return True
             if verdict is PASS:

@@ -35,4 +35,4 @@ cdef class Memory:
     cdef int set_region(self, Slot slot, uint64_t size) except -1
     cdef int set_slots(self, slots) except -1
     cdef int transfer(self, gpa, char *local, size_t n, bint to_guest) except -1
-    cdef void close(self, bint delete) noexcept
+    cdef void close(self) noexcept

@@ -14,7 +14,7 @@ from operator import attrgetter, index
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport errno
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t, uintptr_t
@@ -23,7 +23,7 @@ from libc.string cimport memset
 from posix.mman cimport MAP_NORESERVE
 from posix.unistd cimport close as close_descriptor, getpid
 
-from kvmexit._ioctl cimport Handle, call
+from kvmexit._ioctl cimport Handle, call, forks
 from kvmexit._uapi cimport (
     GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CREATE_GUEST_MEMFD, KVM_MEM_GUEST_MEMFD,
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2,
@@ -235,7 +235,7 @@ cdef class Memory:
         if n < 0:
             raise ValueError(f"n {n} is negative")
         cdef bytes data = PyBytes_FromStringAndSize(NULL, n)
-        self.transfer(index(gpa), PyBytes_AS_STRING(data), n, False)
+        self.transfer(index(gpa), PyBytes_AsString(data), n, False)
         return data
 
     def write(self, gpa, data):
@@ -353,15 +353,23 @@ cdef class Memory:
                 return self.slots[middle]
         return None
 
-    cdef void close(self, bint delete) noexcept:
-        """The VM is gone, and so are its memslots; or it lives on without us (`delete`), and ours have to go."""
+    def withdraw(self):
+        """Delete our memslots from a VM that lives on without us."""
         cdef Slot slot
+        if self.handle.fd < 0 or self.handle.forks != forks():
+            return
         for slot in self.slots:
-            if delete and not slot.adopted:
+            if not slot.adopted:
                 try:
                     self.set_region(slot, 0)
                 except KvmError:
-                    pass  # the VM is dead already
+                    pass  # that VM is dead already
+        self.set_slots([slot for slot in self.slots if (<Slot>slot).adopted])
+
+    cdef void close(self) noexcept:
+        """The VM is gone, and so are its memslots."""
+        cdef Slot slot
+        for slot in self.slots:
             slot.view_ = slot.mapping = None
             slot.close_fd()
         self.slots = ()

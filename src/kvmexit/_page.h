@@ -29,6 +29,7 @@ struct kvmexit_vcpu {
     uint64_t seq;    /* grows with every entry from Python: an Exit made under an older one can no longer be answered */
     uint32_t reason; /* kvm_run.exit_reason, read once */
     int error;       /* errno of KVM_RUN, or 0 */
+    uint32_t place;  /* the same as an index: the reason where it is known and makes sense, else as _exits.pxd says */
     int needs;       /* KVM waits for an answer */
     int answered;    /* somebody wrote it */
     int unsettled;   /* not dispatched to its end yet, or its handler raised: to be offered again */

@@ -17,7 +17,7 @@ cdef extern from "_page.h" nogil:
         uint64_t deadline_ns
         int main_thread
         uint64_t seq
-        uint32_t reason
+        uint32_t reason, place
         int error
         int needs, answered, unsettled, completes
         uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem

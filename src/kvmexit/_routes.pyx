@@ -5,6 +5,7 @@ dispatching holds a reference to the table it began with, so handlers cannot van
 """
 
 cimport cython
+from cpython.ref cimport PyObject
 from libc.stdint cimport int32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
@@ -44,14 +45,13 @@ cdef class RouteTable:
         cdef Py_ssize_t i
         cdef Entry entry
         self.entries = tuple(sorted(entries, key=_order))
-        self.handlers = tuple([(<Entry>e).handler for e in self.entries])
         self.count = len(self.entries)
         self.ranges = <Range *>malloc(max(self.count, 1) * sizeof(Range))
         if self.ranges == NULL:
             raise MemoryError
         for i in range(self.count):
             entry = self.entries[i]
-            self.ranges[i] = Range(entry.place, entry.first, entry.last)
+            self.ranges[i] = Range(entry.place, entry.first, entry.last, <PyObject *>entry.handler)
 
     def __dealloc__(self):
         free(self.ranges)
@@ -64,16 +64,19 @@ cdef class RouteTable:
         """-> a table without these."""
         return RouteTable([e for e in self.entries if e not in entries])
 
-    cdef object find(self, Exit e, Py_ssize_t *position):
-        """The first handler for `e` at or after `position`, which moves behind it; None when there is none left."""
+    cdef PyObject *find(self, Exit e, Py_ssize_t *position) noexcept:
+        """The first handler for `e` at or after `position`, which moves behind it; NULL when there is none left.
+
+        Borrowed: good for as long as the caller holds the table.
+        """
         cdef uint64_t key = key_of(e)
         cdef Range *r
         while position[0] < self.count:
             r = &self.ranges[position[0]]
             position[0] += 1
             if (r.place == <int32_t>e.place or r.place == ANY) and r.first <= key <= r.last:
-                return self.handlers[position[0] - 1]
-        return None
+                return r.handler
+        return NULL
 
 
 cdef uint64_t key_of(Exit e) noexcept:

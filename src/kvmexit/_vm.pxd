@@ -6,6 +6,7 @@ from kvmexit._routes cimport RouteTable
 
 cdef class VM:
     cdef Handle handle
+    cdef object __weakref__
     cdef RouteTable routes
     cdef object lock            # of changes to routes and capabilities
     cdef readonly Memory memory

@@ -163,6 +163,8 @@ cdef class VM:
         vm.memory = Memory(vm.handle, vm.type, region2, sorted(free_slots, reverse=True))
         for slot in slots:
             vm.memory.adopt(*AdoptedSlot(*slot))
+        # The adopted VM outlives ours: dropped without close(), our slots have to go from it all the same.
+        weakref.finalize(vm, vm.memory.withdraw)
         return vm
 
     # ---- lifetime ----
@@ -194,12 +196,10 @@ cdef class VM:
         for page in self.pages:
             (<Page>page).close()
         if self.memory is not None:
-            self.memory.close(self.adopted and mine)
+            if self.adopted and mine:
+                self.memory.withdraw()
+            self.memory.close()
         self.handle.close()
-
-    def __del__(self):
-        if self.adopted and self.handle is not None and not self.handle.closed:
-            self.close()  # the adopted VM lives on: take our slots out of it
 
     def __enter__(self):
         return self

@@ -28,7 +28,8 @@ cdef class Memory:
     cdef bint region2
     cdef readonly tuple slots  # by gpa
     cdef Span *spans           # of slots, for looking up without touching objects
-    cdef list free_numbers
+    cdef object fresh_numbers  # slot numbers never used so far
+    cdef list freed_numbers
     cdef readonly uint64_t changes
 
     cdef object slot_at(self, uint64_t gpa)

@@ -149,11 +149,12 @@ cdef class Memory:
     slots: the memslots, by address. changes: how often they changed.
     """
 
-    def __init__(self, Handle handle, vm_type, bint region2, free_numbers):
+    def __init__(self, Handle handle, vm_type, bint region2, numbers):
         self.handle = handle
         self.vm_type = vm_type
         self.region2 = region2
-        self.free_numbers = list(free_numbers)
+        self.fresh_numbers = iter(numbers)
+        self.freed_numbers = []
         self.lock = threading.Lock()
         self.slots = ()
 
@@ -221,7 +222,7 @@ cdef class Memory:
             gone = found
             self.set_region(gone, 0)
             self.set_slots([s for s in self.slots if s is not gone])
-            self.free_numbers.append(gone.number)
+            self.freed_numbers.append(gone.number)
             gone.view_ = gone.mapping = None
             gone.close_fd()
 
@@ -285,12 +286,14 @@ cdef class Memory:
         return fd
 
     def _install(self, Slot slot):
-        if not self.free_numbers:
+        number = self.freed_numbers.pop() if self.freed_numbers else next(self.fresh_numbers, None)
+        if number is None:
             raise KvmError(errnos.ENOSPC, "KVM_SET_USER_MEMORY_REGION2", f"all {len(self.slots)} memslots are in use")
-        slot.number = self.free_numbers[-1]
+        slot.number = number
         try:
             self.set_region(slot, slot.size)
         except KvmError as error:
+            self.freed_numbers.append(number)
             if slot.gmem_fd >= 0 and error.errno == errnos.EINVAL:
                 error.hint = (
                     f"Linux {os.uname().release} cannot bind this guest_memfd in a VM of type {self.vm_type!r}: use "
@@ -298,7 +301,6 @@ cdef class Memory:
             elif error.errno == errnos.EEXIST:
                 error.hint = "the range overlaps memory that KVM itself keeps (TSS and identity map below 4 GiB)"
             raise
-        self.free_numbers.pop()
         self.set_slots([*self.slots, slot])
 
     cdef int set_region(self, Slot slot, uint64_t size) except -1:

@@ -121,7 +121,7 @@ cdef class VM:
             self.close()
             raise Error("kvmexit needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.13)")
         self.memory = Memory(
-            self.handle, self.type, self.check(KVM_CAP_USER_MEMORY2) > 0, range(self.check(KVM_CAP_NR_MEMSLOTS) - 1, -1, -1))
+            self.handle, self.type, self.check(KVM_CAP_USER_MEMORY2) > 0, range(self.check(KVM_CAP_NR_MEMSLOTS)))
         if type != VMType.TDX:
             self._place_intel_pages()
 
@@ -136,7 +136,7 @@ cdef class VM:
     def _set_up_scripted(self):
         """Make this a VM without a kernel behind it (kvmexit.testing.ScriptedVM)."""
         self._set_up(Handle(-1, "this VM"), VMType.DEFAULT, "")
-        self.memory = Memory(self.handle, self.type, True, range(63, -1, -1))
+        self.memory = Memory(self.handle, self.type, True, range(32764))
 
     def _place_intel_pages(self):
         cdef uint64_t identity_map = _IDENTITY_MAP
@@ -160,7 +160,7 @@ cdef class VM:
         vm.adopted = True
         vm.run_size = 0
         region2 = vm.check(KVM_CAP_USER_MEMORY2) > 0
-        vm.memory = Memory(vm.handle, vm.type, region2, sorted(free_slots, reverse=True))
+        vm.memory = Memory(vm.handle, vm.type, region2, sorted(free_slots))
         for slot in slots:
             vm.memory.adopt(*AdoptedSlot(*slot))
         # The adopted VM outlives ours: dropped without close(), our slots have to go from it all the same.

@@ -1,7 +1,7 @@
 """The extension modules. Everything else is in pyproject.toml.
 
-KVMEXIT_BUILD in the environment, any of: debug (-O0 -g), asan (AddressSanitizer and UBSan), tsan (ThreadSanitizer), coverage
-(line tracing and gcov), separated by commas.
+KVMEXIT_BUILD in the environment, any of: debug (-O0 -g), asan (AddressSanitizer and UBSan), tsan (ThreadSanitizer),
+coverage (line tracing and gcov), separated by commas.
 """
 
 import os

@@ -1,8 +1,8 @@
 """include/kvmexit/uapi.h against the kernel's own headers: every macro and every member that both define.
 
-Each side is compiled to an object with debug information; layouts are then read from DWARF, values from the symbol table, so
-nothing has to run and aarch64 is checked on any machine. "theirs" is the system's <linux/kvm.h>, however old it is, and the
-recent one that the PyPI package ziglang carries for every architecture.
+Each side is compiled to an object with debug information; layouts are then read from DWARF, values from the symbol
+table, so nothing has to run and aarch64 is checked on any machine. "theirs" is the system's <linux/kvm.h>, however old,
+and the recent one that the PyPI package ziglang carries for every architecture.
 """
 
 import importlib.util
@@ -83,7 +83,11 @@ class Compiler(NamedTuple):
     command: tuple[str, ...]
 
     def run(self, *arguments, cwd, check=True):
-        return subprocess.run([*self.command, *arguments], cwd=cwd, check=check, capture_output=True, text=True)
+        """-> the finished process; where `check`, one that failed fails the test with what the compiler said."""
+        done = subprocess.run([*self.command, *arguments], cwd=cwd, check=False, capture_output=True, text=True)
+        if check and done.returncode != 0:
+            pytest.fail(f"{self.name}: {done.stderr}")
+        return done
 
 
 def zig(target):
@@ -118,18 +122,21 @@ class Place(NamedTuple):
 
 
 class Abi(NamedTuple):
-    """What a header says: value by macro, Place by "struct.member"."""
+    """What a header says: value by macro, Place by "struct.member" (and "struct.member[0]" for an array's elements)."""
 
     macros: dict[str, int]
     members: dict[str, Place]
 
 
 def macro_names(compiler, includes, directory):
-    """-> the KVM macros that have a value, without the function-like ones."""
+    """-> the KVM macros that have a value: without function-like ones, and without ioctls whose argument this target
+    lacks (struct kvm_cpuid2 is x86's, KVM_GET_SUPPORTED_CPUID everybody's)."""
     source = directory / "names.c"
     source.write_text(includes)
-    listing = compiler.run("-E", "-dM", source.name, cwd=directory).stdout
-    return set(re.findall(r"^#define ((?:KVM|GUEST_MEMFD)_\w+) +\S", listing, re.MULTILINE))
+    text = compiler.run("-E", "-dD", source.name, cwd=directory).stdout
+    structs = set(re.findall(r"\bstruct (\w+) \{", text))
+    macros = re.findall(r"^#define ((?:KVM|GUEST_MEMFD)_\w+) +(\S.*)", text, re.MULTILINE)
+    return {name for name, value in macros if structs.issuperset(re.findall(r"\bstruct (\w+)", value))}
 
 
 def compile_abi(compiler, includes, names, directory):
@@ -150,13 +157,13 @@ def values_in(elf):
         if symbol.name.startswith("value_"):
             start = symbol["st_value"]
             data = elf.get_section(symbol["st_shndx"]).data()[start : start + 8]
-            # A zero may lie in .bss, which has no bytes in the file.
             found[symbol.name.removeprefix("value_")] = int.from_bytes(data, "little")
     return found
 
 
 def members_in(elf):
-    """-> {"struct.member.member": Place} of every struct kvm_*; members of unnamed structs and unions count as their parent's."""
+    """-> {"struct.member.member": Place} of every struct kvm_*. Members of unnamed structs and unions count as their
+    parent's."""
     found = {}
     for unit in elf.get_dwarf_info().iter_CUs():
         for die in unit.get_top_DIE().iter_children():
@@ -262,7 +269,7 @@ def differences(pair):
 
 
 def make_pair(compiler, directory, header=HEADER, theirs=None):
-    """Compile one header against the kernel's. theirs: a Pair made before with this compiler, whose kernel side is used again."""
+    """Compile one header against the kernel's. theirs: a Pair of this compiler, whose kernel side is reused."""
     shutil.copy(header, directory / "uapi.h")
     our_names = macro_names(compiler, OUR_INCLUDES, directory)
     their_names = theirs.their_names if theirs else macro_names(compiler, THEIR_INCLUDES, directory)
@@ -297,7 +304,7 @@ def test_values_and_layouts_are_the_kernels(pair_of, compiler):
 
 
 # What the comparison must have covered with recent headers: a little below what it covers now.
-LEAST = {ZIG_X86_64: (110, 420), ZIG_AARCH64: (90, 240)}
+LEAST = {ZIG_X86_64: (105, 850), ZIG_AARCH64: (85, 275)}
 
 
 @recent_headers
@@ -317,34 +324,46 @@ def test_every_exit_reason_is_compared(pair_of, compiler):
     assert compared == EXIT_REASONS
 
 
+# Offsets and sizes out of the ABI document, for members deep in unnamed unions too. None: it depends on the target.
+PLACES = {
+    "kvm_run": Place(0, 2352),
+    "kvm_run.immediate_exit": Place(1, 1),
+    "kvm_run.exit_reason": Place(8, 4),
+    "kvm_run.io": Place(32, 16),
+    "kvm_run.io.data_offset": Place(40, 8),
+    "kvm_run.mmio": Place(32, 24),
+    "kvm_run.mmio.data": Place(40, 8),
+    "kvm_run.mmio.len": Place(48, 4),
+    "kvm_run.hypercall": Place(32, 72),
+    "kvm_run.hypercall.args[0]": Place(40, 8),
+    "kvm_run.hypercall.ret": Place(88, 8),
+    "kvm_run.hypercall.flags": Place(96, 8),
+    "kvm_run.emulation_failure.insn_bytes": Place(49, 15),
+    "kvm_run.hyperv.u.syndbg.pending_page": Place(80, 8),
+    "kvm_run.xen.u.hcall.result": Place(56, 8),
+    "kvm_run.msr": Place(32, 24),
+    "kvm_run.msr.data": Place(48, 8),
+    "kvm_run.memory_fault": Place(32, 24),
+    "kvm_run.memory_fault.gpa": Place(40, 8),
+    "kvm_run.tdx": Place(32, 64),
+    "kvm_run.tdx.get_tdvmcall_info.r14": Place(88, 8),
+    "kvm_run.snp_req_certs": Place(32, 24),
+    "kvm_run.snp_req_certs.ret": Place(48, 8),
+    "kvm_run.kvm_valid_regs": Place(288, 8),
+    "kvm_run.kvm_dirty_regs": Place(296, 8),
+    "kvm_run.s": Place(304, 2048),
+    "kvm_run.s.regs": None,
+    "kvm_userspace_memory_region2.guest_memfd": Place(40, 4),
+}
+
+
 @recent_headers
-@pytest.mark.parametrize(
-    ("member", "place"),
-    [
-        ("kvm_run.io.data_offset", Place(40, 8)),
-        ("kvm_run.mmio.data", Place(40, 8)),
-        ("kvm_run.mmio.len", Place(48, 4)),
-        ("kvm_run.hypercall.args[0]", Place(40, 8)),
-        ("kvm_run.hypercall.ret", Place(88, 8)),
-        ("kvm_run.hypercall.flags", Place(96, 8)),
-        ("kvm_run.msr.data", Place(48, 8)),
-        ("kvm_run.memory_fault.gpa", Place(40, 8)),
-        ("kvm_run.tdx.get_tdvmcall_info.r14", Place(88, 8)),
-        ("kvm_run.hyperv.u.syndbg.pending_page", Place(80, 8)),
-        ("kvm_run.xen.u.hcall.result", Place(56, 8)),
-        ("kvm_run.emulation_failure.insn_bytes", Place(49, 15)),
-        ("kvm_run.snp_req_certs.ret", Place(48, 8)),
-        ("kvm_run.s.regs", None),
-        ("kvm_run", Place(0, 2352)),
-        ("kvm_userspace_memory_region2.guest_memfd", Place(40, 4)),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_member_is_compared(pair_of, compiler, member, place):
-    """Members deep in unnamed unions take part, and both sides have them where the ABI document says (None: it depends)."""
+@pytest.mark.parametrize("member", PLACES)
+def test_member_is_compared(pair_of, compiler, member):
+    """Both sides have it, where the ABI document says."""
     pair = pair_of(compiler)
     assert member in pair.common_members
-    assert place is None or pair.ours.members[member] == pair.theirs.members[member] == place
+    assert PLACES[member] in (None, pair.ours.members[member])
 
 
 def test_every_name_of_ours_is_the_kernels(pair_of):
@@ -362,12 +381,15 @@ def test_every_name_of_ours_is_the_kernels(pair_of):
     ("text", "broken", "reported"),
     [
         pytest.param(
-            "uint32_t dcrn, data;", "uint32_t data, dcrn;", {"kvm_run.dcr.dcrn", "kvm_run.dcr.data"}, id="swapped members"
+            "uint32_t dcrn, data;",
+            "uint32_t data, dcrn;",
+            {"kvm_run.dcr.dcrn", "kvm_run.dcr.data"},
+            id="swapped members",
         ),
         pytest.param(
             "uint64_t trans_exc_code;",
             "uint32_t trans_exc_code, unused;",
-            {"kvm_run.s390_ucontrol.trans_exc_code"},
+            {"kvm_run.s390_ucontrol", "kvm_run.s390_ucontrol.trans_exc_code"},
             id="member too small",
         ),
         pytest.param(
@@ -429,7 +451,8 @@ def test_a_difference_is_described_in_full(pair_of):
 
 # ---- the header as a header ----
 
-WARNINGS = ("-Wall", "-Wextra", "-Werror", "-fsyntax-only")
+# To an object and no further: zig hands linker options to a bare -fsyntax-only, which -Werror takes for a mistake.
+STRICTLY = ("-Wall", "-Wextra", "-Werror", "-c", "-o", "user.o")
 
 
 @every_compiler
@@ -438,7 +461,7 @@ def test_is_strict_c11(tmp_path, compiler):
     need(compiler)
     source = tmp_path / "user.c"
     source.write_text(f'#include "{HEADER}"\nint main(void) {{ return (int)sizeof(struct kvm_run) - 2352; }}\n')
-    done = compiler.run("-std=c11", "-Wpedantic", *WARNINGS, source.name, cwd=tmp_path, check=False)
+    done = compiler.run("-std=c11", "-Wpedantic", *STRICTLY, source.name, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -448,7 +471,7 @@ def test_is_cplusplus_17(tmp_path, compiler):
     need(compiler)
     source = tmp_path / "user.cpp"
     source.write_text(f'#include "{HEADER}"\nint main() {{ return int(sizeof(kvm_run)) - 2352; }}\n')
-    done = compiler.run("-x", "c++", "-std=c++17", *WARNINGS, source.name, cwd=tmp_path, check=False)
+    done = compiler.run("-x", "c++", "-std=c++17", *STRICTLY, source.name, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -458,6 +481,6 @@ def test_refuses_to_follow_the_kernels_header(tmp_path, compiler):
     need(compiler)
     source = tmp_path / "both.c"
     source.write_text(f'#include <linux/kvm.h>\n#include "{HEADER}"\n')
-    done = compiler.run("-fsyntax-only", source.name, cwd=tmp_path, check=False)
+    done = compiler.run("-c", source.name, cwd=tmp_path, check=False)
     assert done.returncode != 0
     assert "kvmexit/uapi.h uses the names of <linux/kvm.h>: include one of the two" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno as errnos
 import os
 
 __all__ = ["Error", "FaultLoopError", "KvmError", "NotPendingError", "VcpuBusyError"]
@@ -12,7 +13,7 @@ class Error(Exception):
 
 
 class KvmError(Error, OSError):
-    """A system call to KVM failed. `call` names it, `errno` and `strerror` are the kernel's, `hint` is what to try next."""
+    """A system call to KVM failed: `call` names it, `errno` and `strerror` are the kernel's, `hint` what to try."""
 
     call: str
     hint: str
@@ -48,19 +49,20 @@ class VcpuBusyError(Error):
     """The vCPU is inside run(), and a vCPU runs on one thread at a time."""
 
 
-_E = {name: number for number, name in __import__("errno").errorcode.items()}
 _HINTS = {
-    ("open /dev/kvm", _E["ENOENT"]): "load the kvm_intel or kvm_amd module; in a VM, enable nested virtualisation",
-    ("open /dev/kvm", _E["EACCES"]): "add the user to the group that owns the device (usually kvm), or run as root",
-    ("KVM_CREATE_VM", _E["EINVAL"]): "this kernel has no such VM type; vm types it has: KVM_CAP_VM_TYPES on /dev/kvm",
-    ("KVM_CREATE_VM", _E["EBUSY"]): "another hypervisor has the processor's virtualisation",
-    ("KVM_CREATE_VCPU", _E["EEXIST"]): "the VM has a vCPU with this id; choose another",
-    ("KVM_CREATE_VCPU", _E["EINVAL"]): "the id is beyond what this VM allows (KVM_CAP_MAX_VCPU_ID)",
-    ("KVM_RUN", _E["EINVAL"]): "KVM refused the registers or the answer: see vcpu.regs, vcpu.cr8, and `ret` of the last exit",
-    ("KVM_RUN", _E["EIO"]): "the VM is dead: it was created by another process, or KVM hit a bug; make a new one",
-    ("KVM_RUN", _E["ENOMEM"]): "the kernel is out of memory",
-    ("KVM_RUN", _E["ENOEXEC"]): "the vCPU was not initialised",
-    ("KVM_SET_SREGS", _E["EINVAL"]): "control registers and segments contradict each other, or CPUID lacks the mode",
-    ("KVM_CREATE_GUEST_MEMFD", _E["EINVAL"]): "this kernel or VM type does not take these gmem_flags",
-    ("KVM_CREATE_GUEST_MEMFD", _E["ENOTTY"]): "guest_memfd needs Linux 6.8 or later",
+    ("open /dev/kvm", errnos.ENOENT): "load the kvm_intel or kvm_amd module; in a VM, enable nested virtualisation",
+    ("open /dev/kvm", errnos.EACCES): "add the user to the group that owns the device (usually kvm), or run as root",
+    ("KVM_CREATE_VM", errnos.EINVAL): "this kernel has no such VM type; vm types it has: KVM_CAP_VM_TYPES on /dev/kvm",
+    ("KVM_CREATE_VM", errnos.EBUSY): "another hypervisor has the processor's virtualisation",
+    ("KVM_CREATE_VCPU", errnos.EEXIST): "the VM has a vCPU with this id; choose another",
+    ("KVM_CREATE_VCPU", errnos.EINVAL): "the id is beyond what this VM allows (KVM_CAP_MAX_VCPU_ID)",
+    ("KVM_RUN", errnos.EINVAL): (
+        "KVM refused the registers or the answer: see vcpu.regs, vcpu.cr8, and `ret` of the last exit"
+    ),
+    ("KVM_RUN", errnos.EIO): "the VM is dead: it was created by another process, or KVM hit a bug; make a new one",
+    ("KVM_RUN", errnos.ENOMEM): "the kernel is out of memory",
+    ("KVM_RUN", errnos.ENOEXEC): "the vCPU was not initialised",
+    ("KVM_SET_SREGS", errnos.EINVAL): "control registers and segments contradict each other, or CPUID lacks the mode",
+    ("KVM_CREATE_GUEST_MEMFD", errnos.EINVAL): "this kernel or VM type does not take these gmem_flags",
+    ("KVM_CREATE_GUEST_MEMFD", errnos.ENOTTY): "guest_memfd needs Linux 6.8 or later",
 }

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import enum
 import inspect
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
-__all__ = ["PASS", "STOP", "Verdict", "coerce"]
+if TYPE_CHECKING:
+    from kvmexit._exits import Exit
+    from kvmexit._loop import Vcpu
+
+__all__ = ["PASS", "STOP", "Handler", "Verdict", "coerce"]
+
+_E = TypeVar("_E", bound="Exit")
+Handler: TypeAlias = Callable[["Vcpu", _E], object]
 
 
 class Verdict(enum.Enum):
@@ -25,10 +33,16 @@ PASS: Final = Verdict.PASS
 STOP: Final = Verdict.STOP
 
 
-def coerce(handler: object) -> object:
+def coerce(handler: Handler[Any]) -> Handler[Any]:
     """The handler as the dispatcher calls it, `handler(vcpu, exit)`. TypeError says what would be accepted."""
     if not callable(handler):
         raise TypeError(f"a handler is a callable taking (vcpu, exit), not {type(handler).__name__}")
-    if inspect.iscoroutinefunction(handler) or inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):
-        raise TypeError(f"{handler!r} is a coroutine or generator function: a handler answers at once, as a plain function")
+    if (
+        inspect.iscoroutinefunction(handler)
+        or inspect.isgeneratorfunction(handler)
+        or inspect.isasyncgenfunction(handler)
+    ):
+        raise TypeError(
+            f"{handler!r} is a coroutine or generator function: a handler answers at once, as a plain function"
+        )
     return handler

@@ -10,7 +10,8 @@ from kvmexit._trace import Script, ScriptStep, scripted_page
 from kvmexit._vm import VM
 
 __all__ = [
-    "Script", "ScriptStep", "ScriptedVM", "hlt", "hypercall", "memory_fault", "mmio_read", "mmio_write", "pio_in", "pio_out",
+    "Script", "ScriptStep", "ScriptedVM",
+    "hlt", "hypercall", "memory_fault", "mmio_read", "mmio_write", "pio_in", "pio_out",
 ]
 
 
@@ -24,13 +25,13 @@ class ScriptedVM(VM):
         self._set_up_scripted()
         self._scripts: dict[int, Script] = {}
 
-    def create_vcpu(  # type: ignore[override]
+    def create_vcpu(
         self, id: int = 0, script: Iterable[ScriptStep] = (), *, repeat: int = 1, keep: bool = True
     ) -> Vcpu:
-        """-> a vCPU that gives out `script`, `repeat` times over. keep: note what userspace leaves behind, for script()."""
+        """-> a vCPU that gives out `script`, `repeat` times. keep: note what userspace leaves behind, for script()."""
         self.memory.read(0, 0)  # raises when closed
         made = Script(script, repeat, keep)
-        vcpu: Vcpu = self._make_vcpu(Vcpu, scripted_page(made), id)
+        vcpu = self._make_vcpu(Vcpu, scripted_page(made), id)
         self._scripts[id] = made
         return vcpu
 

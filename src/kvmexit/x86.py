@@ -74,8 +74,8 @@ def long_mode(
     root = _write_page_tables(vcpu, tables)
     sregs = vcpu.sregs
     _flat_segments(vcpu, cpl=cpl, long=True)
-    # A hypervisor without hardware help was seen to drop IOPL on the first exit and go by the TSS's I/O bitmap. The zeros behind
-    # the PML4's one entry serve as a TSS whose bitmap begins at its own base and denies nothing.
+    # A hypervisor without hardware help was seen to drop IOPL on the first exit and go by the TSS's I/O bitmap. The
+    # zeros behind the PML4's one entry serve as a TSS whose bitmap begins at its own base and denies nothing.
     sregs.tr.base = root + 8
     sregs.tr.limit = 4096 - 8 - 1
     sregs.cr0 = _CR0_PE | _CR0_MP | _CR0_ET | _CR0_NE | _CR0_PG
@@ -98,8 +98,8 @@ def _start(vcpu: Vcpu, rip: int, rflags: int, stack: int | None = None) -> None:
 
 
 def _segment(
-    segment: Segment, *, selector: int, kind: int, limit: int, dpl: int = 0, system: bool = False, db: int = 0, long: int = 0,
-    granularity: int = 0,
+    segment: Segment, *, selector: int, kind: int, limit: int, dpl: int = 0, system: bool = False, db: int = 0,
+    long: int = 0, granularity: int = 0,
 ) -> None:
     segment.base = 0
     segment.limit = limit
@@ -118,7 +118,8 @@ def _segment(
 def _flat_segments(vcpu: Vcpu, *, cpl: int, long: bool) -> None:
     sregs = vcpu.sregs
     _segment(
-        sregs.cs, selector=0x08 | cpl, kind=_CODE, limit=0xFFFFFFFF, dpl=cpl, db=0 if long else 1, long=int(long), granularity=1
+        sregs.cs, selector=0x08 | cpl, kind=_CODE, limit=0xFFFFFFFF, dpl=cpl, db=int(not long), long=int(long),
+        granularity=1,
     )
     for name in ("ds", "es", "fs", "gs", "ss"):
         _segment(getattr(sregs, name), selector=0x10 | cpl, kind=_DATA, limit=0xFFFFFFFF, dpl=cpl, db=1, granularity=1)

@@ -1,7 +1,7 @@
 """`kvmexit demo`: the main job on real input.
 
-A guest walks a region of memory that KVM cannot map. Its faults reach a short callback, which repairs them; the guest goes
-on to the end, and then its memory is checked. The scenario is the first of SCENARIOS that this machine can play.
+A guest walks a region of memory that KVM cannot map. Its faults reach a short callback, which repairs them; the guest
+goes on to the end, and then its memory is checked. The scenario is the first of SCENARIOS that this machine can play.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ CHUNK = 16 * PAGE
 MMAP_SHARED = GuestMemfdFlags.MMAP | GuestMemfdFlags.INIT_SHARED
 PROGRESS_PORT, DONE_PORT = 0x3F8, 0xF4
 
-# At CPL 3, since some nested machines run only that natively. Every page gets its own address added to its first 8 bytes.
+# At CPL 3, since some nested machines run only that natively.
+# Every page gets its own address added to its first 8 bytes.
 GUEST = bytes.fromhex(
     "48 8b 03"  # walk: mov rax, [rbx]
     "48 01 d8"  # add rax, rbx
@@ -52,7 +53,7 @@ GUEST = bytes.fromhex(
 
 
 class Clock:
-    """Times of the exits, by kind: in KVM (from the last answer to the exit, guest code included) and in the callback."""
+    """Times of exits, by kind: in KVM (from the last answer to the exit, guest code included) and in the callback."""
 
     def __init__(self) -> None:
         self.in_kvm: dict[str, list[int]] = defaultdict(list)
@@ -76,7 +77,8 @@ class Clock:
         lines = [f"{'exit':<18}{'count':>8}{'in KVM p50':>13}{'p99':>9}{'callback p50':>15}{'p99':>9}   (us)"]
         for kind in sorted(self.in_kvm):
             times = [percentile(t, p) for t in (self.in_kvm[kind], self.in_callback[kind]) for p in (50, 99)]
-            lines.append(f"{kind:<18}{len(self.in_kvm[kind]):>8}{times[0]:>13.1f}{times[1]:>9.1f}{times[2]:>15.1f}{times[3]:>9.1f}")
+            count = len(self.in_kvm[kind])
+            lines.append(f"{kind:<18}{count:>8}{times[0]:>13.1f}{times[1]:>9.1f}{times[2]:>15.1f}{times[3]:>9.1f}")
         return "\n".join(lines)
 
 
@@ -148,7 +150,10 @@ class FileTruncated(Scenario):
     """A bare EFAULT: every kernel."""
 
     name = "truncated-file"
-    story = "the file behind the region was truncated; the callback extends it (bare EFAULT, no address: the guest's rbx has it)"
+    story = (
+        "the file behind the region was truncated; the callback extends it "
+        "(bare EFAULT, no address: the guest's rbx has it)"
+    )
     fault = UnexplainedFault
 
     def lose(self) -> None:
@@ -218,7 +223,8 @@ def run(options: argparse.Namespace) -> int:
     if options.pages < 16 or options.pages % 16:
         print(f"kvmexit demo: --pages {options.pages} is not a positive multiple of 16", file=sys.stderr)
         return 2
-    print(f"kvmexit {__version__}, Python {platform.python_version()}, Linux {platform.release()}, {platform.machine()}")
+    host = platform.uname()
+    print(f"kvmexit {__version__}, Python {platform.python_version()}, Linux {host.release}, {host.machine}")
     scenario = choose(options.scenario, options.pages)
     with scenario.vm as vm:
         return play(scenario, vm)
@@ -245,6 +251,7 @@ def play(scenario: Scenario, vm: VM) -> int:
     pages = range(REGION, REGION + scenario.size, PAGE)
     wrong = [gpa for gpa in pages if vm.memory.read(gpa, 8) != struct.pack("<Q", gpa)]
     finished = isinstance(last, Io) and last.port == DONE_PORT
-    print(f"\nguest {'finished' if finished else f'stopped at {last!r}'}, {reached} of {len(pages)} pages walked, ", end="")
-    print(f"{len(pages) - len(wrong)} of them right" + (f"; first wrong: {wrong[0]:#x}" if wrong else ""))
+    print(f"\nguest {'finished' if finished else f'stopped at {last!r}'}, ", end="")
+    print(f"{reached} of {len(pages)} pages walked, {len(pages) - len(wrong)} of them right", end="")
+    print(f"; first wrong: {wrong[0]:#x}" if wrong else "")
     return 0 if finished and not wrong and reached == len(pages) else 1

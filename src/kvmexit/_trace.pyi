@@ -1,0 +1,24 @@
+from collections.abc import Iterable
+from typing import NamedTuple, final
+
+from kvmexit._page import Page
+
+class ScriptStep(NamedTuple):
+    reason: int | None = None
+    payload: bytes = b""
+    data: bytes = b""
+    errno: int = 0
+    flags: int = 0
+    rip: int = 0
+    spin: bool = False
+
+@final
+class Script:
+    def __init__(self, steps: Iterable[ScriptStep], repeat: int = 1, keep: bool = True) -> None: ...
+    def left(self, i: int) -> tuple[bytes, bytes]: ...
+    @property
+    def entries(self) -> list[tuple[int, int]]: ...
+    @property
+    def position(self) -> int: ...
+
+def scripted_page(script: Script) -> Page: ...

@@ -39,3 +39,31 @@ def vm(kvm):
     """A VM on /dev/kvm."""
     with kvmexit.VM() as made:
         yield made
+
+
+# Skips that are right on some machine; with KVMEXIT_STRICT_SKIPS=1 (.ci/run) any other fails the run.
+EXPECTED_SKIPS = [
+    "own-GIL sub-interpreters came with Python 3.12",
+    "needs root to become somebody else",
+    *([] if os.path.exists("/dev/kvm") else ["no KVM"]),
+]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the skips nobody expected."""
+    for reason in unexpected_skips(terminalreporter):
+        terminalreporter.write_line(f"unexpected skip: {reason}", red=True)
+
+
+def unexpected_skips(terminalreporter):
+    """-> reasons of skips that EXPECTED_SKIPS does not have."""
+    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
+    return [reason for reason in reasons if not any(expected in reason for expected in EXPECTED_SKIPS)]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """Fail on skips that nobody expected."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("KVMEXIT_STRICT_SKIPS") == "1" and reporter and unexpected_skips(reporter) and session.exitstatus == 0:
+        session.exitstatus = 1

@@ -1,38 +1,17 @@
 """Kicks, time-outs and Ctrl-C against real guests: none lost, none stale (rules of src/kvmexit/_control.h)."""
 
-import os
 import queue
 import random
-import shutil
-import subprocess
-import sys
-import sysconfig
 import threading
-from pathlib import Path
 
 import pytest
 from guests import CODE, OUT_FOREVER, SPIN, load, stress
+from processes import compiled, in_thread, python
 
 import kvmexit
 from kvmexit import Interrupted
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.kvm
-
-
-def in_thread(function):
-    """Run a function in a thread; -> the thread, started."""
-    thread = threading.Thread(target=function, daemon=True)
-    thread.start()
-    return thread
-
-
-def python(code, *, env=None, timeout=120):
-    """Run Python code in a process of its own; -> CompletedProcess with text."""
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)]), **(env or {})},
-        capture_output=True, text=True, timeout=timeout, check=False,
-    )
 
 
 # ---- kicks ----
@@ -220,13 +199,8 @@ def test_every_ctrl_c_in_the_main_thread_is_noticed(kvm, code, handler):
 
 @pytest.fixture(scope="module")
 def interposer(tmp_path_factory, kvm):
-    """tests/interpose.c as a library to preload."""
-    compiler = shutil.which(sysconfig.get_config_var("CC").split()[0]) or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    library = tmp_path_factory.mktemp("interpose") / "interpose.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, HERE / "interpose.c"], check=True)
-    return library
+    """The library that gets in front of KVM_RUN."""
+    return compiled(tmp_path_factory, "interpose")
 
 
 INTERPOSED = """

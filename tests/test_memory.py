@@ -1,12 +1,12 @@
 """Memslots: what they are made of, how they are read, what is refused, and that nothing is left behind."""
 
 import contextlib
-import gc
 import mmap
 import os
 
 import pytest
 from guests import CODE, load
+from processes import leaks
 
 import kvmexit
 from kvmexit import GuestMemfdFlags, KvmError
@@ -27,13 +27,6 @@ def file():
     os.write(fd, b"".join(bytes([n + 1]) * PAGE for n in range(4)))
     yield fd
     os.close(fd)
-
-
-def leaks():
-    """-> what a leak would make grow: descriptors, mappings."""
-    gc.collect()
-    with open("/proc/self/maps") as maps:
-        return len(os.listdir("/proc/self/fd")), sum(1 for _ in maps)
 
 
 # ---- backing ----

@@ -10,8 +10,8 @@ import threading
 
 import pytest
 from guests import CODE, OUT_FOREVER, SPIN, load
-from test_control import in_thread, python
-from test_memory import READ_AND_OUT, leaks
+from processes import in_thread, leaks, python
+from test_memory import READ_AND_OUT
 
 import kvmexit
 from kvmexit import AdoptedSlot, KvmError, VMType

@@ -3,7 +3,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from kvmexit._page cimport Page, kvmexit_vcpu
 from kvmexit._uapi cimport (
     KVM_EXIT_EPR, KVM_EXIT_HYPERCALL, KVM_EXIT_HYPERV, KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_OSI, KVM_EXIT_PAPR_HCALL,
-    KVM_EXIT_SNP_REQ_CERTS, KVM_EXIT_TDX, KVM_EXIT_X86_BUS_LOCK, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_EXIT_XEN, kvm_run,
+    KVM_EXIT_SNP_REQ_CERTS, KVM_EXIT_TDX, KVM_EXIT_X86_BUS_LOCK, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_EXIT_XEN,
+    kvm_run,
 )
 
 
@@ -53,14 +54,18 @@ cdef class Interrupted(Exit):
 
 
 cdef kvm_run *as_run(Exit e) noexcept
-cdef Exit make(list cache, Page page)
+cdef Exit make(list cache, Page page, bint *fresh)
 cdef Interrupted make_interrupted(Page page, str cause)
 cdef void classify(kvmexit_vcpu *c) noexcept nogil
 cdef int answer(Exit e, object value) except -1
 
 
 cdef inline bint completes_on_entry(uint32_t reason) noexcept nogil:
-    """Whether KVM finishes the exit's operation only when re-entered (Documentation/virt/kvm/api.rst, below KVM_EXIT_MMIO)."""
+    """Whether KVM finishes the exit's operation only when re-entered.
+
+    Source: Documentation/virt/kvm/api.rst, below KVM_EXIT_MMIO.
+    """
     return reason in (
-        KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_HYPERCALL, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_EXIT_XEN, KVM_EXIT_HYPERV,
-        KVM_EXIT_TDX, KVM_EXIT_SNP_REQ_CERTS, KVM_EXIT_X86_BUS_LOCK, KVM_EXIT_OSI, KVM_EXIT_PAPR_HCALL, KVM_EXIT_EPR)
+        KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_HYPERCALL, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_EXIT_XEN,
+        KVM_EXIT_HYPERV, KVM_EXIT_TDX, KVM_EXIT_SNP_REQ_CERTS, KVM_EXIT_X86_BUS_LOCK, KVM_EXIT_OSI,
+        KVM_EXIT_PAPR_HCALL, KVM_EXIT_EPR)

@@ -1,9 +1,9 @@
 """The exit classes Python sees, and how kvm_run becomes one of them.
 
 An `Exit` is a value: `make()` copies the payload out of kvm_run, and every field is read from that copy. `Field` and
-`Answer` are descriptors that know where in the payload a field lies; the classes at the end are lists of them, under the kernel's names
-(include/uapi/linux/kvm.h, struct kvm_run). An `Answer` is also written through to kvm_run, for as long as the exit is
-pending.
+`Answer` are descriptors that know where in the payload a field lies; the classes at the end are lists of them, under the
+kernel's names (include/uapi/linux/kvm.h, struct kvm_run). An `Answer` is also written through to kvm_run, for as long as the
+exit is pending.
 """
 
 import enum
@@ -14,14 +14,14 @@ cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.ref cimport PyObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 from kvmexit._page cimport Page, kvmexit_vcpu
 from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_HYPERV, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNDBG,
     KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
     KVM_EXIT_SET_TPR, KVM_EXIT_SNP_REQ_CERTS, KVM_EXIT_TDX,
-    KVM_EXIT_X86_RDMSR,    KVM_EXIT_X86_WRMSR, KVM_EXIT_XEN, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_EXIT_X86_RDMSR, KVM_EXIT_XEN, KVM_INTERNAL_ERROR_EMULATION,
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVMEXIT_REASON_SENTINEL, kvm_run,
 )
 from kvmexit.errors import NotPendingError
@@ -176,7 +176,6 @@ cdef class Field:
 
     def __get__(self, instance, owner):
         cdef Exit e
-        cdef size_t i
         if instance is None:
             return self
         e = <Exit?>instance
@@ -227,11 +226,14 @@ cdef uint64_t to_number(value, size_t size) except? 0:
     cdef uint64_t number
     if isinstance(value, bool):
         raise TypeError("a bool is no data: return an int, bytes, or None for a write")
-    integer = index(value)
-    if integer < 0 or integer >> (8 * size):
-        raise ValueError(f"{integer:#x} does not fit {size} unsigned byte{'s' if size > 1 else ''}")
-    number = integer
-    return number
+    integer = value if type(value) is int else index(value)
+    try:
+        number = integer
+        if size == 8 or not number >> (8 * size):
+            return number
+    except OverflowError:
+        pass
+    raise ValueError(f"{integer:#x} does not fit {size} unsigned byte{'s' if size > 1 else ''}")
 
 
 cdef Field _place(Field field, void *member, size_t size, size_t count, int only):
@@ -434,7 +436,6 @@ cdef class InternalError(Exit):
     @property
     def data(self):
         cdef kvm_run *run = as_run(self)
-        cdef uint32_t i
         return tuple([run.internal.data[i] for i in range(min(run.internal.ndata, <uint32_t>16))])
 
     @property
@@ -467,7 +468,6 @@ cdef class SystemEvent(Exit):
     @property
     def data(self):
         cdef kvm_run *run = as_run(self)
-        cdef uint32_t i
         return tuple([run.system_event.data[i] for i in range(min(run.system_event.ndata, <uint32_t>16))])
 
 
@@ -585,13 +585,13 @@ cdef class Hyperv(Exit):
 
     @property
     def msr(self):
-        cdef kvm_run *run = as_run(self)
-        return None if run.hyperv.type == KVM_EXIT_HYPERV_HCALL else run.hyperv.u.synic.msr
+        cdef kvm_run *run = as_run(self)  # at the same place for both
+        return run.hyperv.u.synic.msr if run.hyperv.type in (KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_HYPERV_SYNDBG) else None
 
     @property
     def control(self):
         cdef kvm_run *run = as_run(self)
-        return None if run.hyperv.type == KVM_EXIT_HYPERV_HCALL else run.hyperv.u.synic.control
+        return run.hyperv.u.synic.control if run.hyperv.type in (KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_HYPERV_SYNDBG) else None
 
 
 @cython.final
@@ -859,10 +859,10 @@ cdef class UnknownExit(Exit):
 
 # By place: the reasons in their order, then UNEXPLAINED and UNKNOWN.
 CLASSES = [
-    HardwareExit, GuestException, Io, Hypercall, Debug, Hlt, Mmio, IrqWindowOpen, Shutdown, FailEntry, Intr, SetTpr, TprAccess,
-    S390Sieic, S390Reset, Dcr, Nmi, InternalError, Osi, PaprHcall, S390Ucontrol, Watchdog, S390Tsch, Epr, SystemEvent,
-    S390Stsi, IoapicEoi, Hyperv, ArmNisv, Rdmsr, Wrmsr, DirtyRingFull, ApResetHold, BusLock, Xen, RiscvSbi, RiscvCsr, Notify,
-    LoongarchIocsr, MemoryFault, Tdx, ArmSea, ArmLdst64b, SnpReqCerts, UnexplainedFault, UnknownExit,
+    HardwareExit, GuestException, Io, Hypercall, Debug, Hlt, Mmio, IrqWindowOpen, Shutdown, FailEntry, Intr, SetTpr,
+    TprAccess, S390Sieic, S390Reset, Dcr, Nmi, InternalError, Osi, PaprHcall, S390Ucontrol, Watchdog, S390Tsch, Epr,
+    SystemEvent, S390Stsi, IoapicEoi, Hyperv, ArmNisv, Rdmsr, Wrmsr, DirtyRingFull, ApResetHold, BusLock, Xen, RiscvSbi,
+    RiscvCsr, Notify, LoongarchIocsr, MemoryFault, Tdx, ArmSea, ArmLdst64b, SnpReqCerts, UnexplainedFault, UnknownExit,
 ]
 
 
@@ -909,7 +909,7 @@ cdef enum:
     SHORT = 72  # bytes of the union that the frequent exits use; a constant, so that copying them is a few instructions
 
 
-cdef Exit make(list cache, Page page):
+cdef Exit make(list cache, Page page, bint *fresh):
     """The Exit for what the burst left in `page`. `cache` holds the last one of each place:
     an object that nobody else refers to is filled anew instead of allocated."""
     cdef kvmexit_vcpu *c = &page.c
@@ -927,7 +927,7 @@ cdef Exit make(list cache, Page page):
         e.page = page
         e.place = place
         cache[place] = e
-    e.seq = c.seq
+    fresh[0] = True
     e.code = c.reason
     e.error_ = c.error
     e.run_flags_ = c.run.flags
@@ -943,6 +943,7 @@ cdef Exit make(list cache, Page page):
         as_run(e).hypercall.ret = 0  # stale bytes in 6.12
     elif place == KVM_EXIT_SET_TPR:
         (<SetTpr>e).cr8_ = c.run.cr8
+    e.seq = c.seq  # last: had anything above failed, this would not be the exit in hand
     return e
 
 
@@ -951,7 +952,8 @@ cdef int fill_io(Io e, kvmexit_vcpu *c) except -1:
     cdef char *data
     cdef size_t n
     e.answered = False
-    e.long_data = None
+    if e.long_data is not None:
+        e.long_data = None
     if run.io.direction:
         # SAFETY: is_well_formed_io() has checked the offset and the length against the mapping.
         data = <char *>c.run + run.io.data_offset

@@ -47,7 +47,7 @@ cdef long call_value(int fd, str name, unsigned long number, unsigned long argum
 
 
 cdef class Handle:
-    """A VM's descriptor, shared by what works on it. Owns `fd`, which is -1 where no kernel is behind it, and once closed."""
+    """A VM's descriptor, shared by what works on it. Owns `fd`: -1 where no kernel is behind it, and once closed."""
 
     def __init__(self, int fd, str what):
         self.fd = fd

@@ -24,6 +24,7 @@ cdef enum Outcome:
 
 cdef class Vcpu:
     cdef Page page
+    cdef kvmexit_vcpu *c         # page.c, without a reference for every look
     cdef readonly VM vm
     cdef readonly int id
     cdef list cache              # the last Exit of each place

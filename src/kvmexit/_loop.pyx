@@ -1,8 +1,8 @@
 """Vcpu.run(): enter, triage, decode, dispatch, complete, re-enter.
 
 An exit goes down this file: `burst()` enters KVM until something needs Python, with no GIL; `triage()` says what a return of
-KVM_RUN means; `Vcpu.until_taken()` makes it an Exit (_exits.make) and offers it to the handlers (`dispatch`), and either goes
-round or gives it to the caller of run().
+KVM_RUN means; `Vcpu.until_taken()` makes it an Exit (_exits.make) and offers it to the handlers (`dispatch`), and either
+goes round or gives it to the caller of run().
 """
 
 import math
@@ -12,14 +12,14 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOMEM, errno
-from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from kvmexit._exits cimport (
     PLACES, UNEXPLAINED, Exit, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make, make_interrupted,
 )
 from kvmexit._ioctl cimport call, call_value
-from kvmexit._page cimport EVENTS, REGS, SREGS, Page, kvmexit_vcpu
+from kvmexit._page cimport REGS, Page, kvmexit_vcpu
 from kvmexit._registers cimport events_of, regs_of, sregs_of
 from kvmexit._routes cimport RouteTable
 from kvmexit._uapi cimport (
@@ -183,6 +183,7 @@ cdef class Vcpu:
         cdef Vcpu vcpu = Vcpu.__new__(Vcpu)
         vcpu.vm = vm
         vcpu.page = page
+        vcpu.c = &page.c
         vcpu.id = id
         vcpu.cache = [None] * PLACES
         vcpu.main_thread = threading.main_thread().ident
@@ -200,7 +201,8 @@ cdef class Vcpu:
     def run(self, timeout=None):
         """Run the guest until an exit that no handler takes; -> that Exit.
 
-        timeout: seconds, or None; then, and after kick(), the result is Interrupted. 0 completes what is pending and comes back.
+        timeout: seconds, or None; then, and after kick(), the result is Interrupted. 0 completes what is pending and comes
+        back.
         A read or hypercall that is returned has to be answered (exit.data, exit.ret, ...) before the next run(), which
         otherwise offers the same exit again. A returned write counts as accepted.
 
@@ -226,7 +228,7 @@ cdef class Vcpu:
             self.end()
 
     def kick(self):
-        """Make the run() in progress, or else the next one, return Interrupted("kick"): once, however many kicks came before.
+        """Make the run() in progress, or else the next one, return Interrupted("kick"): once, however many kicks came.
 
         From any thread, and from signal handlers.
         """
@@ -254,30 +256,27 @@ cdef class Vcpu:
 
     cdef Exit until_taken(self, bint drain):
         """Go round until an exit is for the caller. None: drained."""
-        cdef Page page = self.page
-        cdef kvmexit_vcpu *c = &page.c
+        cdef kvmexit_vcpu *c = self.c
         cdef Outcome outcome
-        cdef bint draining
         cdef Exit e
         PyErr_CheckSignals()
         while True:
             if not (c.unsettled or (c.needs and not c.answered)):
                 # Registers go to KVM when nothing is pending: what is, gets completed first.
-                if page.written and not c.completes:
-                    page.flush()
+                if self.page.written and not c.completes:
+                    self.page.flush()
                 if drain and not c.completes:
                     return None
-                draining = drain or page.written != 0
-                outcome = self.enter(draining)
+                outcome = self.enter(drain or self.page.written != 0)
                 if outcome == DRAINED:
                     continue
                 if outcome == LOOK:
                     PyErr_CheckSignals()
                     continue
                 if outcome == KICKED:
-                    return make_interrupted(page, "kick")
+                    return make_interrupted(self.page, "kick")
                 if outcome == TIMED_OUT:
-                    return make_interrupted(page, "timeout")
+                    return make_interrupted(self.page, "timeout")
                 if outcome != EXIT and outcome != FAULT:
                     self._fail(outcome)
             e = self.current()
@@ -287,8 +286,7 @@ cdef class Vcpu:
 
     cdef Outcome enter(self, bint drain) except? FAILED:
         """One burst, and the book-keeping around it."""
-        cdef Page page = self.page
-        cdef kvmexit_vcpu *c = &page.c
+        cdef kvmexit_vcpu *c = self.c
         cdef Outcome outcome
         cdef uint32_t reason = c.reason
         c.seq += 1  # with the GIL held: from here on no other thread can answer the previous exit
@@ -296,7 +294,7 @@ cdef class Vcpu:
             c.fault_count = 0  # something was done about it
         with nogil:
             outcome = burst(c, drain)
-        page.valid = page.synced
+        self.page.valid = self.page.synced
         if outcome == FAILED or outcome == NO_MEMORY or outcome == UNWRITTEN:
             # The entry did not happen: what was pending still is, with its answer.
             c.reason = reason
@@ -321,20 +319,19 @@ cdef class Vcpu:
             c.fault_count = 0
             fault = self.current()
             raise FaultLoopError(
-                f"the same fault {c.fault_limit + 1} times in a row, at the same registers and with nothing repaired: {fault!r}",
-                fault)
+                f"the same fault {c.fault_limit + 1} times in a row, at the same registers and with nothing repaired: "
+                f"{fault!r}", fault)
         if outcome == UNWRITTEN:
             raise Error(f"KVM_RUN succeeded {MAX_RETRIES} times in a row without giving an exit reason")
         raise KvmError(c.error, "KVM_RUN")
 
     cdef Exit current(self):
         """The exit in hand as an object: the same one as long as it is the same exit."""
-        cdef Exit e
-        cdef kvmexit_vcpu *c = &self.page.c
-        e = make(self.cache, self.page)
-        if e.place == KVM_EXIT_MMIO:
-            (<Mmio>e).slot_ = self.vm.memory.slot_at(c.run.mmio.phys_addr)
-        elif e.place == UNEXPLAINED:
+        cdef bint fresh = False
+        cdef Exit e = make(self.cache, self.page, &fresh)
+        if fresh and e.place == KVM_EXIT_MMIO:
+            (<Mmio>e).slot_ = self.vm.memory.slot_at(self.c.run.mmio.phys_addr)
+        elif fresh and e.place == UNEXPLAINED:
             (<UnexplainedFault>e).rip_ = self._rip()
         return e
 
@@ -350,7 +347,7 @@ cdef class Vcpu:
 
     cdef bint dispatch(self, Exit e) except -1:
         """Offer an exit to the handlers. True: one took it. It stays unsettled when one raises."""
-        cdef kvmexit_vcpu *c = &self.page.c
+        cdef kvmexit_vcpu *c = self.c
         cdef RouteTable routes = self.vm.routes
         cdef Py_ssize_t position = 0
         cdef PyObject *handler
@@ -367,7 +364,8 @@ cdef class Vcpu:
             verdict = PyObject_Vectorcall(<object>handler, arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
             if verdict is None:
                 if c.needs and not c.answered:
-                    raise TypeError(f"{<object>handler!r} returned None for {e!r}, which asks for an answer: return it, or PASS or STOP")
+                    raise TypeError(
+                        f"{<object>handler!r} returned None for {e!r}, which asks for an answer: return it, or PASS or STOP")
                 c.unsettled = False
                 return True
             if verdict is PASS:
@@ -381,9 +379,9 @@ cdef class Vcpu:
 
     @property
     def pending(self):
-        """The exit whose operation KVM has not completed, or that still has to be answered; None where nothing is pending."""
+        """The exit whose operation KVM has not completed, or that still has to be answered; None where nothing pends."""
         cdef kvmexit_vcpu *c = &self.page.c
-        self.page.check()
+        self.page.check_mine()
         if c.completes or c.unsettled or (c.needs and not c.answered):
             return self.current()
         return None
@@ -415,7 +413,8 @@ cdef class Vcpu:
     def sync(self, classes):
         self.page.check_mine()
         if classes & ~self.page.syncable:
-            raise ValueError(f"register classes {classes:#x}: this kernel can copy {self.page.syncable:#x} (KVM_CAP_SYNC_REGS)")
+            raise ValueError(
+                f"register classes {classes:#x}: this kernel can copy {self.page.syncable:#x} (KVM_CAP_SYNC_REGS)")
         self.page.synced = classes
         self.page.c.regs_synced = classes & REGS != 0
         self.page.c.run.kvm_valid_regs = classes
@@ -496,8 +495,8 @@ cdef class Vcpu:
 
     @property
     def retries(self):
-        """How often the loop re-entered by itself: {"unwritten": no exit reason given, "eintr": interrupted by nobody's request,
-        "eagain": ..., "enomem": ...}."""
+        """How often the loop re-entered by itself: {"unwritten": no exit reason given, "eintr": interrupted by nobody's
+        request, "eagain": ..., "enomem": ...}."""
         cdef kvmexit_vcpu *c = &self.page.c
         return {"unwritten": c.retried_unwritten, "eintr": c.retried_eintr, "eagain": c.retried_eagain,
                 "enomem": c.retried_enomem}
@@ -517,4 +516,3 @@ cdef uint64_t _nanoseconds(timeout) except? 0:
     if not seconds >= 0:
         raise ValueError(f"timeout {timeout!r} must be None or at least 0 seconds")
     return KVMEXIT_NEVER if math.isinf(seconds) or seconds > 1e9 else <uint64_t>(seconds * 1e9)
-

@@ -1,7 +1,7 @@
 """Guest-physical memory: memslots over host memory, and guest_memfds bound to them.
 
-A `Slot` owns what it is made of through library objects: an `mmap.mmap` or the caller's buffer, seen through one memoryview. Every
-slice is a view derived from that one, so the mapping lives until its last view is gone, whatever happens to the slot.
+A `Slot` owns what it is made of through library objects: an `mmap.mmap` or the caller's buffer, seen through one memoryview.
+Every slice is a view derived from that one, so the mapping lives until its last view is gone, whatever happens to the slot.
 """
 
 import enum
@@ -17,7 +17,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport errno
-from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 from posix.mman cimport MAP_NORESERVE
@@ -124,8 +124,8 @@ cdef class Slot:
         return f"Slot(gpa={self.gpa:#x}, size={self.size:#x}, number={self.number})"
 
     def close_guest_memfd(self):
-        """Close the slot's guest_memfd, and unmap it where it is what the slot maps. KVM drops the pages, and the guest's next
-        access is a MEMORY_FAULT (virt/kvm/guest_memfd.c). For tests and for teardown in steps.
+        """Close the slot's guest_memfd, and unmap it where it is what the slot maps. KVM drops the pages, and the guest's
+        next access is a MEMORY_FAULT (virt/kvm/guest_memfd.c). For tests and for teardown in steps.
 
         Raises Error where there is none, BufferError while views of its mapping exist (they keep the file alive).
         """
@@ -165,10 +165,11 @@ cdef class Memory:
             log_dirty=False):
         """Put `size` bytes of host memory at guest-physical `gpa`; -> Slot.
 
-        The host memory is anonymous; or, with `fd`, that file from `offset` on, mapped shared; or `buffer` from `offset` on (any object
-        with the buffer protocol, page-aligned, kept for as long as the slot lives). With `guest_memfd` a guest_memfd of
-        this size is made and bound too, for private pages; with GuestMemfdFlags.MMAP in `gmem_flags` the slot's memory is that
-        guest_memfd's own mapping. `readonly`: the guest's writes are Mmio exits. `log_dirty`: KVM_MEM_LOG_DIRTY_PAGES.
+        The host memory is anonymous; or, with `fd`, that file from `offset` on, mapped shared; or `buffer` from `offset` on
+        (any object with the buffer protocol, page-aligned, kept for as long as the slot lives). With `guest_memfd` a
+        guest_memfd of this size is made and bound too, for private pages; with GuestMemfdFlags.MMAP in `gmem_flags` the
+        slot's memory is that guest_memfd's own mapping. `readonly`: the guest's writes are Mmio exits. `log_dirty`:
+        KVM_MEM_LOG_DIRTY_PAGES.
 
         All sizes and addresses in bytes, multiples of the page size. Raises ValueError for a range that is unaligned, wraps,
         or overlaps a slot (which it names), or for backing memory too small; KvmError where KVM refuses. A failure leaves
@@ -202,7 +203,8 @@ cdef class Memory:
                 slot.mapping = _map_file(fd, offset, size, readonly)
             elif buffer is None:
                 slot.mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-            slot.view_ = _view(slot.mapping if buffer is None else buffer, offset if buffer is not None else 0, size, readonly)
+            slot.view_ = _view(
+                slot.mapping if buffer is None else buffer, offset if buffer is not None else 0, size, readonly)
             slot.hva = _address(slot.view_)
             self._install(slot)
         return slot
@@ -272,7 +274,8 @@ cdef class Memory:
         cdef Slot slot
         for slot in self.slots:
             if slot.gpa < gpa + size and gpa < slot.gpa + slot.size:
-                raise ValueError(f"gpa {gpa:#x}, size {size:#x} overlaps {slot!r}: remove that slot, or choose other addresses")
+                raise ValueError(
+                    f"gpa {gpa:#x}, size {size:#x} overlaps {slot!r}: remove that slot, or choose other addresses")
 
     def _create_guest_memfd(self, size, flags):
         cdef kvm_create_guest_memfd argument
@@ -405,7 +408,8 @@ cdef class Memory:
             if moved <= 0:
                 raise KvmError(
                     error, "process_vm_writev" if to_guest else "process_vm_readv",
-                    f"gpa {at:#x} (hva {slot.hva + (at - slot.gpa):#x}, {slot!r}) cannot be reached; {done} of {n} bytes done")
+                    f"gpa {at:#x} (hva {slot.hva + (at - slot.gpa):#x}, {slot!r}) cannot be reached; "
+                    f"{done} of {n} bytes done")
             done += moved
         return 0
 
@@ -419,10 +423,12 @@ def _map_file(fd, offset, size, readonly):
     if not writable and not readonly:
         raise ValueError(f"fd {fd} is not open for reading and writing: open it so, or pass readonly=True")
     try:
-        return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0), offset=offset)
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=prot, offset=offset)
     except ValueError:
         raise ValueError(
-            f"fd {fd} is a file of {os.fstat(fd).st_size:#x} bytes, too short for offset {offset:#x} + size {size:#x}") from None
+            f"fd {fd} is a file of {os.fstat(fd).st_size:#x} bytes, too short for offset {offset:#x} + size {size:#x}"
+        ) from None
 
 
 def _view(memory, offset, size, readonly):

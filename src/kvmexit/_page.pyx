@@ -5,7 +5,7 @@ mapping outlives `close()`: a kick may be storing to it at that moment (it goes 
 """
 
 from libc.errno cimport errno
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close as close_fd, getpid
 
@@ -149,5 +149,3 @@ cdef Page anonymous(size_t run_size):
     page.c.run_size = run_size
     page.valid = REGS | SREGS | EVENTS
     return page
-
-

@@ -7,7 +7,7 @@ the kernel's names (arch/x86/include/uapi/asm/kvm.h: kvm_regs, kvm_sregs, kvm_vc
 from operator import index
 
 cimport cython
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from kvmexit._page cimport EVENTS, REGS, SREGS, Page
@@ -184,7 +184,7 @@ cdef class Segment(RegisterView):
     dpl = _register(&_segment, &_segment.dpl, 1)
     db = _register(&_segment, &_segment.db, 1)
     s = _register(&_segment, &_segment.s, 1)
-    l = _register(&_segment, &_segment.l, 1)  # noqa: E741
+    l = _register(&_segment, &_segment.l, 1)  # no-cython-lint
     g = _register(&_segment, &_segment.g, 1)
     avl = _register(&_segment, &_segment.avl, 1)
     unusable = _register(&_segment, &_segment.unusable, 1)

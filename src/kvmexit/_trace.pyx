@@ -5,12 +5,12 @@ from typing import NamedTuple
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EINTR, ENODATA
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from kvmexit._page cimport EVENTS, REGS, SREGS, Page, anonymous, kvmexit_vcpu
-from kvmexit._uapi cimport KVM_EXIT_IO, kvm_run
+from kvmexit._uapi cimport kvm_run
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -31,8 +31,8 @@ cdef enum:
 class ScriptStep(NamedTuple):
     """One return of KVM_RUN: `errno` (0: success), and what kvm_run says then.
 
-    reason: kvm_run.exit_reason, None to leave it unwritten. payload: the union's first bytes. data: PIO bytes, which begin one
-    page into the mapping. flags: kvm_run.flags. rip: in the synced registers. spin: do not return before immediate_exit
+    reason: kvm_run.exit_reason, None to leave it unwritten. payload: the union's first bytes. data: PIO bytes, which begin
+    one page into the mapping. flags: kvm_run.flags. rip: in the synced registers. spin: do not return before immediate_exit
     is set, as a guest in a loop; then EINTR.
     """
 

@@ -11,11 +11,9 @@ import weakref
 from operator import index
 from typing import NamedTuple
 
-from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvmexit._exits cimport PLACES
 from kvmexit._ioctl cimport Handle, call, call_value
 from kvmexit._memory cimport Memory
 from kvmexit._page cimport EVENTS, REGS, SREGS, Page, map_vcpu
@@ -185,10 +183,10 @@ cdef class VM:
         except Error:
             mine = False  # forked, or closed already
         if mine:
-            if any((<Page>page).owner == me for page in self.pages):
+            if me in [(<Page>page).owner for page in self.pages]:
                 raise Error("close() from a handler of a running vCPU: return STOP, and close after run()")
             self.handle.closed = True  # from here on run() and everything else is refused
-        while any((<Page>page).owner for page in self.pages) and mine:
+        while mine and any([(<Page>page).owner for page in self.pages]):
             for page in self.pages:
                 if (<Page>page).owner:
                     kick_page(page)
@@ -288,24 +286,24 @@ cdef class VM:
         return vcpu
 
     def _set_cpuid(self, int fd):
-        cdef uint8_t[::1] data
+        """KVM_SET_CPUID2 with what KVM_GET_SUPPORTED_CPUID says."""
+        cdef uint8_t[::1] table
+        cdef size_t entries
         kvm = _open_device(self.device)
         try:
-            entries = 128
-            while True:
+            for entries in (128, 512, 4096):
                 table = bytearray(8 + 40 * entries)
-                table[:4] = entries.to_bytes(4, "little")
-                data = table
+                (<uint32_t *>&table[0])[0] = entries
                 try:
-                    call(kvm, "KVM_GET_SUPPORTED_CPUID", KVM_GET_SUPPORTED_CPUID, &data[0])
-                    break
+                    call(kvm, "KVM_GET_SUPPORTED_CPUID", KVM_GET_SUPPORTED_CPUID, &table[0])
                 except KvmError as error:
-                    if error.errno != errnos.E2BIG or entries > 4096:
-                        raise
-                entries *= 2
+                    if error.errno == errnos.E2BIG and entries < 4096:
+                        continue
+                    raise
+                call(fd, "KVM_SET_CPUID2", KVM_SET_CPUID2, &table[0])
+                return
         finally:
             os.close(kvm)
-        call(fd, "KVM_SET_CPUID2", KVM_SET_CPUID2, &data[0])
 
     def create_irqchip(self):
         """An in-kernel interrupt controller (KVM_CREATE_IRQCHIP); before the first vCPU."""
@@ -321,7 +319,7 @@ cdef class VM:
     # ---- routes ----
 
     def on(self, exit_class, handler=None):
-        """Call `handler(vcpu, exit)` for every exit of a class; for `Exit`, of any. Without a handler: a decorator. -> Route.
+        """Call `handler(vcpu, exit)` for every exit of a class; for `Exit`, of any. -> Route; without a handler a decorator.
 
         Ranges come before classes, classes before `Exit`; of equals the newest comes first.
         """
@@ -367,9 +365,10 @@ cdef class VM:
         return self._route((KVM_EXIT_HYPERCALL,), nr, nr, handler)
 
     def on_msr(self, first, count=1, handler=None):
-        """Answer accesses to MSRs that KVM does not know or refuses: Rdmsr and Wrmsr exits. Enables KVM_CAP_X86_USER_SPACE_MSR.
+        """Answer accesses to MSRs that KVM does not know or refuses: Rdmsr and Wrmsr exits.
 
-        An MSR that KVM handles itself comes only if a filter (KVM_X86_SET_MSR_FILTER) denies it. See on().
+        Enables KVM_CAP_X86_USER_SPACE_MSR. An MSR that KVM handles itself comes only if a filter (KVM_X86_SET_MSR_FILTER)
+        denies it. See on().
         """
         first, last = _span(first, count, 0xffffffff, "MSR")
         if self.handle.fd >= 0:
@@ -390,7 +389,7 @@ cdef class VM:
             self.serial += 1
             entries = [Entry(handler, place, first, last, self.serial) for place in places]
             self.routes = self.routes.added(entries)
-        return Route(self, handler, entries)
+            return Route(self, handler, entries)
 
     def _remove_entries(self, entries):
         with self.lock:

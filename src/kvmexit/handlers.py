@@ -15,6 +15,7 @@ __all__ = ["PASS", "STOP", "Handler", "Verdict", "coerce"]
 
 _E = TypeVar("_E", bound="Exit")
 Handler: TypeAlias = Callable[["Vcpu", _E], object]
+"""A handler of one class of exits: `Handler[Io]` takes (vcpu, io)."""
 
 
 class Verdict(enum.Enum):

@@ -1,0 +1,47 @@
+"""Threads, processes and preloaded libraries for the tests, and what a process holds."""
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def in_thread(function):
+    """Run a function in a thread; -> the thread, started."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def python(code, *, env=None, timeout=120):
+    """Run Python code in a process of its own; -> CompletedProcess with text."""
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)]), **(env or {})},
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )
+
+
+def compiled(tmp_path_factory, name):
+    """tests/NAME.c as a library to preload; -> its path."""
+    compiler = shutil.which(sysconfig.get_config_var("CC").split()[0]) or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library = tmp_path_factory.mktemp(name) / f"{name}.so"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-fno-builtin", "-Wall", "-Werror", "-o", library, HERE / f"{name}.c"], check=True)
+    return library
+
+
+def leaks():
+    """-> what a leak would make grow: descriptors, mappings."""
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        return len(os.listdir("/proc/self/fd")), sum(1 for _ in maps)

@@ -1,0 +1,146 @@
+"""The package as it is installed: what the burst is made of, what is documented, what importing costs and needs."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import python
+
+import kvmexit
+
+SOURCE = Path(__file__).parent.parent / "src" / "kvmexit"
+
+
+# ---- the burst ----
+
+BURST = {
+    "_loop": ["triage", "burst", "interrupted", "fault_repeats"],
+    "_exits": ["classify", "is_well_formed_io"],
+    "_trace": ["enter_scripted"],
+}
+PYTHON = re.compile(r"\b(_?Py[A-Z_]\w*|__Pyx_\w+)\s*\(")
+HARMLESS = {"__Pyx_RefNannySetupContext", "__Pyx_RefNannyFinishContext"}  # empty macros
+
+
+def python_operations(c_code, function):
+    """-> the calls into Python that a generated C function makes."""
+    body = re.search(rf"^static [^;{{]*__pyx_f_\w*?_{function}\([^;{{]*\)\s*\{{\n(.*?)^\}}", c_code, re.M | re.S)
+    assert body, f"no function {function} in the generated C"
+    code = re.sub(r"/\*.*?\*/", "", body[1], flags=re.S)
+    return [name for name in PYTHON.findall(code) if name not in HARMLESS]
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    """module -> the C that Cython makes of it."""
+    folder = tmp_path_factory.mktemp("c")
+
+    def generate(module, source=None):
+        path = source or SOURCE / f"{module}.pyx"
+        output = folder / f"{module}{'' if source is None else '-changed'}.c"
+        subprocess.run(
+            [sys.executable, "-m", "cython", "-3", "-X", "nonecheck=True", "-X", "auto_pickle=False",
+             "--module-name", f"kvmexit.{module}", "-I", SOURCE.parent, "-o", output, path],
+            check=True, capture_output=True)
+        return output.read_text()
+
+    return generate
+
+
+@pytest.mark.parametrize("module", BURST)
+def test_the_burst_has_no_python_operation(generated, module):
+    """Nothing that runs without the GIL calls into the interpreter."""
+    code = generated(module)
+    found = {function: python_operations(code, function) for function in BURST[module]}
+    assert found == {function: [] for function in BURST[module]}
+
+
+def test_the_check_of_the_burst_can_fail(generated, tmp_path):
+    """A Python call smuggled into the burst is found."""
+    source = (SOURCE / "_loop.pyx").read_text()
+    changed = source.replace("        c.entries += 1\n", "        c.entries += 1\n        with gil:\n            print(c.entries)\n")
+    assert changed != source
+    path = tmp_path / "_loop.pyx"
+    path.write_text(changed)
+    assert python_operations(generated("_loop", path), "burst")
+
+
+# ---- documentation ----
+
+
+def public_objects():
+    """-> (name, object) of everything public, members of classes included."""
+    for name in kvmexit.__all__:
+        thing = getattr(kvmexit, name)
+        yield name, thing
+        members = vars(thing) if inspect.isclass(thing) or inspect.ismodule(thing) else {}
+        for member in members if inspect.isclass(thing) else getattr(thing, "__all__", []):
+            value = getattr(thing, member)
+            if not member.startswith("_") and (callable(value) or isinstance(value, property)):
+                yield f"{name}.{member}", value
+
+
+def test_everything_public_has_a_docstring():
+    """What it does, in a sentence at least."""
+    bare = [name for name, thing in public_objects()
+            if (inspect.isclass(thing) or callable(thing)) and not (inspect.getdoc(thing) or "").strip()]
+    assert bare == []
+
+
+# ---- importing ----
+
+
+def test_importing_opens_nothing_and_prints_nothing():
+    """No /dev/kvm, no signal handler, no thread, no output."""
+    done = python("""
+import os, signal, threading
+handlers = [signal.getsignal(n) for n in range(1, 65) if n not in (32, 33)]
+before = sorted(os.listdir("/proc/self/fd"))
+import kvmexit
+assert sorted(os.listdir("/proc/self/fd")) == before
+assert [signal.getsignal(n) for n in range(1, 65) if n not in (32, 33)] == handlers
+assert signal.getsignal(kvmexit.KICK_SIGNAL) == signal.SIG_DFL
+assert threading.active_count() == 1
+""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_version_is_said_once():
+    """The package's and the command's are the same."""
+    done = subprocess.run([sys.executable, "-m", "kvmexit", "--version"], capture_output=True, text=True, check=True,
+                          env={"PYTHONPATH": ":".join(sys.path)})
+    assert done.stdout.strip() == kvmexit.__version__
+
+
+@pytest.mark.parametrize("scenario", ["guest-memfd", "truncated-file", "scripted"])
+def test_the_demo_repairs_and_checks(scenario, request):
+    """Each scenario that this machine can play ends with the right memory, and says so."""
+    if scenario != "scripted":
+        request.getfixturevalue("kvm")
+    done = subprocess.run([sys.executable, "-m", "kvmexit", "demo", "--scenario", scenario, "--pages", "64"],
+                          capture_output=True, text=True, check=False, env={"PYTHONPATH": ":".join(sys.path)})
+    if "no guest_memfd that an ordinary VM can map" in done.stderr:
+        pytest.skip("this kernel's guest_memfd has no MMAP and INIT_SHARED (KVM_CAP_GUEST_MEMFD_FLAGS)")
+    assert done.returncode == 0, done
+    assert "64 of 64 pages walked, 64 of them right" in done.stdout
+    assert re.search(r"^(MemoryFault|UnexplainedFault) +4 ", done.stdout, re.M)
+
+
+def test_the_demo_fails_where_memory_is_wrong(monkeypatch, capsys):
+    """A callback that repairs nothing right ends in a non-zero status."""
+    from kvmexit.cli import demo, main
+
+    monkeypatch.setattr(demo.Scripted, "repair", lambda self, vcpu, fault: vcpu.vm.memory.add(fault.gpa, demo.CHUNK) and None)
+    assert main(["demo", "--scenario", "scripted", "--pages", "32"]) == 1
+    assert "0 of them right; first wrong: 0x10000000" in capsys.readouterr().out
+
+
+def test_the_demo_refuses_odd_sizes(capsys):
+    """With the value, and status 2."""
+    from kvmexit.cli import main
+
+    assert main(["demo", "--pages", "17"]) == 2
+    assert "--pages 17" in capsys.readouterr().err

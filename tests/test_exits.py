@@ -568,7 +568,7 @@ def test_cr8_of_set_tpr(scripted):
 
 
 def test_mmio_names_the_slot_it_hits(scripted):
-    """A write to a read-only slot, or emulation on an unreachable page, is MMIO inside a memslot; the next page is not."""
+    """MMIO can hit a memslot (a write to a read-only one, emulation on an unreachable page); the next page is none."""
     slot = scripted.memory.add(0x10000, 0x1000)
     vcpu = scripted.create_vcpu(0, [mmio_write(0x10FFF, b"x"), mmio_write(0x11000, b"x"), mmio_write(0xFFFF, b"x")])
     assert [vcpu.run().slot for _ in range(3)] == [slot, None, None]

@@ -63,6 +63,19 @@ def test_a_callers_buffer_is_used_in_place_and_kept(scripted):
     buffer.close()
 
 
+def test_releasing_a_view_does_not_release_the_slots_memory(scripted):
+    """KVM goes on using it, so the caller's buffer stays exported."""
+    buffer = mmap.mmap(-1, PAGE)
+    slot = scripted.memory.add(0, PAGE, buffer=buffer)
+    with slot.view as view:
+        view[0] = 1
+    exporter = memoryview(slot).obj
+    exporter.release()
+    assert slot[0] == 1
+    with pytest.raises(BufferError):
+        buffer.close()
+
+
 def test_the_guest_sees_what_the_host_wrote(vm):
     """Memory of a slot added later is the guest's memory."""
     vcpu = load(vm, READ_AND_OUT)

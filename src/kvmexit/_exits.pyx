@@ -154,7 +154,8 @@ cdef class Exit:
         # SAFETY: callers give offsets inside the union, or the PIO area that is_well_formed_io() checked against run_size.
         memcpy(<uint8_t *>c.run + offset, data, size)
         c.answered = True
-        c.unsettled = False
+        if not self.page.owner:
+            c.unsettled = False  # answered by hand after its handler raised
         return 0
 
 
@@ -211,11 +212,11 @@ cdef class Answer(Field):
         values = (value,) if self.count == 1 else tuple(value)
         if <size_t>len(values) != self.count:
             raise ValueError(f"{self.count} numbers expected, not {len(values)}")
-        if self.allowed is not None and value not in self.allowed:
-            raise ValueError(f"{value!r} is none of {self.allowed}, all that KVM takes here")
         # All conversions first, so that a bad value changes nothing.
         for i in range(self.count):
             numbers[i] = to_number(values[i], self.size)
+            if self.allowed is not None and numbers[i] not in self.allowed:
+                raise ValueError(f"{value!r} is none of {self.allowed}, all that KVM takes here")
         for i in range(self.count):
             e.write(UNION + self.at + i * self.size, &numbers[i], self.size)
             memcpy(e.payload + self.at + i * self.size, &numbers[i], self.size)

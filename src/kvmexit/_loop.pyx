@@ -6,6 +6,7 @@ goes round or gives it to the caller of run().
 """
 
 import math
+import numbers
 import threading
 
 cimport cython
@@ -90,7 +91,7 @@ cdef Outcome triage(int error, uint32_t reason) noexcept nogil:
 cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
     """Enter KVM until something needs Python. `drain`: only let KVM complete what is pending, and come back."""
     cdef Outcome outcome
-    c.streak = 0
+    cdef int unwritten = 0, no_memory = 0  # in a row
     if drain:
         kvmexit_set_immediate_exit(c)
     else:
@@ -114,19 +115,21 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
             # KVM completes what is pending before it looks at immediate_exit (kvm_arch_vcpu_ioctl_run).
             c.completes = False
             outcome = interrupted(c, drain)
+            c.retried_eintr += outcome == AGAIN or outcome == LOOK
             if outcome != AGAIN:
                 return outcome
-            c.retried_eintr += 1
         elif outcome == AGAIN:
             c.retried_eagain += 1
-        elif outcome == NO_MEMORY or outcome == UNWRITTEN:
-            if outcome == UNWRITTEN:
-                c.retried_unwritten += 1
-            else:
-                c.retried_enomem += 1
-            c.streak += 1
-            if c.streak >= MAX_RETRIES:
-                return outcome
+        elif outcome == NO_MEMORY:
+            c.retried_enomem += 1
+            no_memory, unwritten = no_memory + 1, 0
+            if no_memory == MAX_RETRIES:
+                return NO_MEMORY
+        elif outcome == UNWRITTEN:
+            c.retried_unwritten += 1
+            unwritten, no_memory = unwritten + 1, 0
+            if unwritten == MAX_RETRIES:
+                return UNWRITTEN
         else:
             return FAILED
 
@@ -296,9 +299,12 @@ cdef class Vcpu:
             outcome = burst(c, drain)
         self.page.valid = self.page.synced
         if outcome == FAILED or outcome == NO_MEMORY or outcome == UNWRITTEN:
-            # The entry did not happen: what was pending still is, with its answer.
-            c.reason = reason
-            c.seq -= 1
+            if c.completes:
+                # The entry did not happen: what was pending still is, with its answer.
+                c.reason = reason
+                c.seq -= 1
+            else:
+                c.needs = False
             return outcome
         classify(c)
         if outcome == EXIT:
@@ -491,6 +497,8 @@ cdef class Vcpu:
 
     @fault_limit.setter
     def fault_limit(self, value):
+        if not 0 <= value < 1 << 32:
+            raise ValueError(f"fault_limit {value} is not in 0..2**32-1")
         self.page.c.fault_limit = value
 
     @property
@@ -512,6 +520,8 @@ def kick_page(Page page):
 
 
 cdef uint64_t _nanoseconds(timeout) except? 0:
+    if not isinstance(timeout, numbers.Real):
+        raise TypeError(f"timeout {timeout!r} must be a number of seconds, or None")
     seconds = float(timeout)
     if not seconds >= 0:
         raise ValueError(f"timeout {timeout!r} must be None or at least 0 seconds")

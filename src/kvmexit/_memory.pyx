@@ -106,7 +106,7 @@ cdef class Slot:
         """All of it as a memoryview of bytes. Error once the slot was removed, or its guest_memfd closed."""
         if self.view_ is None:
             raise Error(f"{self!r} has no memory any more: it was removed, or its guest_memfd closed")
-        return self.view_
+        return self.view_[:]  # a view of its own: released, it leaves the slot's alone, which holds the memory for KVM
 
     def __len__(self):
         return self.size
@@ -118,7 +118,7 @@ cdef class Slot:
         self.view[key] = value
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
-        PyObject_GetBuffer(self.view, buffer, flags)  # the view exports itself, and is what gets released
+        PyObject_GetBuffer(self.view, buffer, flags)
 
     def __repr__(self):
         return f"Slot(gpa={self.gpa:#x}, size={self.size:#x}, number={self.number})"

@@ -37,7 +37,6 @@ struct kvmexit_vcpu {
 
     /* what the burst took on itself, for the record */
     uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem;
-    uint32_t streak; /* retries in a row, bounded */
 
     /* the fault-loop guard: the previous fault, and how often it came in a row */
     uint32_t fault_limit, fault_count;

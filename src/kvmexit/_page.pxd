@@ -21,7 +21,6 @@ cdef extern from "_page.h" nogil:
         int error
         int needs, answered, unsettled, completes
         uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem
-        uint32_t streak
         uint32_t fault_limit, fault_count
         int regs_synced
         uint64_t fault_payload[3]

@@ -67,6 +67,8 @@ cdef class Page:
 
     cdef int check(self) except -1:
         """Raise in a forked child: its stores to the shared page would reach the parent's vCPU."""
+        if self.c.run == NULL:
+            raise Error("a vCPU comes from VM.create_vcpu()")
         if self.forks != forks():
             raise Error(
                 f"this vCPU belongs to process {self.c.pid}; after fork() the child must make a VM of its own")

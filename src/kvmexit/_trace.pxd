@@ -12,6 +12,7 @@ cdef struct Step:
     size_t data           # their place in the script's arena
     uint64_t rip
     int spin
+    int second_half
     uint8_t payload[256]
 
 

@@ -11,6 +11,7 @@ class ScriptStep(NamedTuple):
     flags: int = 0
     rip: int = 0
     spin: bool = False
+    second_half: bool = False
 
 @final
 class Script:

@@ -43,6 +43,7 @@ class ScriptStep(NamedTuple):
     flags: int = 0
     rip: int = 0
     spin: bool = False
+    second_half: bool = False
 
 
 cdef int enter_scripted(kvmexit_vcpu *c) noexcept nogil:
@@ -50,17 +51,20 @@ cdef int enter_scripted(kvmexit_vcpu *c) noexcept nogil:
     cdef Program *p = <Program *>c.script
     cdef Step *step
     cdef kvm_run *run = c.run
+    cdef bint completing
     if p.keep and p.entered < MAX_ENTRIES:
         p.entries[p.entered] = Entry(run.immediate_exit, run.kvm_dirty_regs)
         p.entered += 1
     run.kvm_dirty_regs = 0
-    if p.open >= 0:
+    completing = p.open >= 0
+    if completing:
         if p.keep:
             step = &p.steps[p.open]
             memcpy(step.payload, &run.hw, sizeof(step.payload))
             memcpy(p.arena + step.data, <char *>run + PAGE, step.data_size)
         p.open = -1
-    if kvmexit_load_immediate_exit(run):
+    completing = completing and p.position < p.count and p.steps[p.position].second_half
+    if not completing and kvmexit_load_immediate_exit(run):
         return -EINTR
     if p.position == p.count:
         if p.repeat <= 1:
@@ -123,6 +127,7 @@ cdef class Script:
             c.flags = step.flags
             c.rip = step.rip
             c.spin = step.spin
+            c.second_half = step.second_half
             data = step.payload
             c.used = len(data)
             memcpy(c.payload, <const char *>data, len(data))

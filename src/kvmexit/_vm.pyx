@@ -280,7 +280,8 @@ cdef class VM:
         return self._make_vcpu(Vcpu, page, id)
 
     def _make_vcpu(self, cls, Page page, id):
-        page.syncable = self.check(KVM_CAP_SYNC_REGS) & (REGS | SREGS | EVENTS)
+        if page.c.fd >= 0:
+            page.syncable = self.check(KVM_CAP_SYNC_REGS) & (REGS | SREGS | EVENTS)
         vcpu = cls._make(self, page, id)
         self.pages.add(page)
         return vcpu
@@ -353,10 +354,10 @@ cdef class VM:
 
         Raises ValueError for a number that KVM never forwards (it forwards 12, KVM_HC_MAP_GPA_RANGE). See on().
         """
-        nr = index(nr)
+        nr, _ = _span(nr, 1, UINT64_MAX, "hypercall")
         if self.handle.fd >= 0:
             forwarded = self.check(KVM_CAP_EXIT_HYPERCALL)
-            if not 0 <= nr < 64 or not forwarded >> nr & 1:
+            if nr >= 64 or not forwarded >> nr & 1:
                 able = [n for n in range(64) if forwarded >> n & 1]
                 raise ValueError(f"KVM does not forward hypercall {nr} to userspace; it can forward {able}")
             with self.lock:

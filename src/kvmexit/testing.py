@@ -28,8 +28,13 @@ class ScriptedVM(VM):
     def create_vcpu(
         self, id: int = 0, script: Iterable[ScriptStep] = (), *, repeat: int = 1, keep: bool = True
     ) -> Vcpu:
-        """-> a vCPU that gives out `script`, `repeat` times. keep: note what userspace leaves behind, for script()."""
+        """-> a vCPU that gives out `script`, `repeat` times. keep: note what userspace leaves behind, for script().
+
+        Raises ValueError for an id that is negative or taken.
+        """
         self.memory.read(0, 0)  # raises when closed
+        if id < 0 or id in self._scripts:
+            raise ValueError(f"vCPU id {id} is {'negative' if id < 0 else 'taken'}")
         made = Script(script, repeat, keep)
         vcpu = self._make_vcpu(Vcpu, scripted_page(made), id)
         self._scripts[id] = made

@@ -5,6 +5,7 @@ coverage (line tracing and gcov), separated by commas.
 """
 
 import os
+import platform
 import sys
 import sysconfig
 from pathlib import Path
@@ -30,8 +31,8 @@ def chosen():
 
 
 def extensions():
-    if not sys.platform.startswith("linux"):
-        sys.exit(f"kvmexit runs KVM's vCPUs and so needs Linux; this is {sys.platform}")
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        sys.exit(f"kvmexit runs KVM's vCPUs on x86-64 Linux; this is {platform.machine()} {sys.platform}")
     names = chosen()
     flags = [flag for name in names for flag in SWITCHES[name]]
     links = [flag for flag in flags if flag.startswith(("-fsanitize", "--coverage"))]

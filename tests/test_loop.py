@@ -1727,6 +1727,47 @@ def test_closing_a_vm_ends_its_run(scripted):
         assert running.result().cause == "kick"
 
 
+def test_a_vm_that_is_being_closed_is_not_closed_by_a_handler(scripted):
+    """Error, as before: another thread's close() is waiting for this very run()."""
+    started = threading.Event()
+
+    def handler(vcpu, io):
+        started.set()
+        wait_for(lambda: scripted.closed)
+        with pytest.raises(kvmexit.Error, match="handler"):
+            scripted.close()
+
+    scripted.on_pio(PORT, 1, handler)
+    with Running(scripted.create_vcpu(0, [pio_out(PORT, b"x"), SPIN]).run) as running:
+        started.wait()
+        scripted.close()
+        assert running.result().cause == "kick"
+
+
+def test_each_close_waits_for_the_run_in_progress(scripted):
+    """Also one that finds the VM closing: after it the vCPU does not run, and nobody uses what was released."""
+    started, returned = threading.Event(), []
+
+    def close():
+        scripted.close()
+        returned.append(vcpu.running)
+
+    def handler(vcpu, io):
+        started.set()
+        wait_for(lambda: scripted.closed)
+        second.start()
+        second.join(0.05)  # long enough for a close() that does not wait
+
+    scripted.on_pio(PORT, 1, handler)
+    vcpu = scripted.create_vcpu(0, [pio_out(PORT, b"x"), SPIN])
+    second = threading.Thread(target=close)
+    with Running(vcpu.run):
+        started.wait()
+        scripted.close()
+    second.join()
+    assert returned == [False]
+
+
 def test_a_vcpu_of_a_closed_vm_does_not_run(scripted):
     """Error, and no entry."""
     vcpu = scripted.create_vcpu(0, [hlt()])

@@ -27,7 +27,7 @@ cdef class Exit:
     cdef uint8_t payload[PAYLOAD]
 
     cdef bint is_current(self) noexcept
-    cdef int write(self, size_t offset, const void *data, size_t size) except -1
+    cdef int write(self, size_t offset, const void *data, size_t size, bint settles) except -1
 
 
 cdef class Io(Exit):

@@ -135,8 +135,13 @@ cdef class Exit:
         parts = []
         for name in self.__match_args__:
             value = getattr(self, name)
-            plain = not isinstance(value, int) or isinstance(value, bool) or -10 < value < 10
-            parts.append(f"{name}={value!r}" if plain else f"{name}={value:#x}")
+            if isinstance(value, bytes) and len(value) > PAYLOAD:
+                shown = f"<{len(value)} bytes, {value[:16]!r}...>"
+            elif isinstance(value, int) and not isinstance(value, bool) and value >= 10:
+                shown = f"{value:#x}"
+            else:
+                shown = repr(value)
+            parts.append(f"{name}={shown}")
         if self.error_:
             parts.append(f"errno={self.error_}")
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -144,8 +149,8 @@ cdef class Exit:
     cdef bint is_current(self) noexcept:
         return self.page is not None and self.seq == self.page.c.seq
 
-    cdef int write(self, size_t offset, const void *data, size_t size) except -1:
-        """Write an answer to kvm_run, `offset` bytes from its start, and note that the exit is answered."""
+    cdef int write(self, size_t offset, const void *data, size_t size, bint settles) except -1:
+        """Write to kvm_run, `offset` bytes from its start. settles: this is the answer that KVM waits for."""
         cdef kvmexit_vcpu *c
         if not self.is_current():
             raise NotPendingError(f"{self!r} is no longer pending: the vCPU has been re-entered since")
@@ -153,9 +158,10 @@ cdef class Exit:
         c = &self.page.c
         # SAFETY: callers give offsets inside the union, or the PIO area that is_well_formed_io() checked against run_size.
         memcpy(<uint8_t *>c.run + offset, data, size)
-        c.answered = True
-        if not self.page.owner:
-            c.unsettled = False  # answered by hand after its handler raised
+        if settles:
+            c.answered = True
+            if not self.page.owner:
+                c.unsettled = False  # answered by hand after its handler raised
         return 0
 
 
@@ -199,9 +205,10 @@ cdef class Field:
 
 @cython.final
 cdef class Answer(Field):
-    """A field that userspace fills in."""
+    """A field that userspace fills in. `settles`: it is the one that KVM waits for; others go with it."""
 
     cdef tuple allowed
+    cdef bint settles
 
     def __set__(self, instance, value):
         cdef Exit e = <Exit?>instance
@@ -218,7 +225,7 @@ cdef class Answer(Field):
             if self.allowed is not None and numbers[i] not in self.allowed:
                 raise ValueError(f"{value!r} is none of {self.allowed}, all that KVM takes here")
         for i in range(self.count):
-            e.write(UNION + self.at + i * self.size, &numbers[i], self.size)
+            e.write(UNION + self.at + i * self.size, &numbers[i], self.size, self.settles)
             memcpy(e.payload + self.at + i * self.size, &numbers[i], self.size)
 
 
@@ -277,17 +284,29 @@ cdef Field ulong(unsigned long *member, size_t n=1):
     return _place(Field.__new__(Field), member, sizeof(unsigned long), n, -1)
 
 
+cdef Answer _answer(void *member, size_t size, size_t n=1, int only=-1):
+    cdef Answer field = <Answer>_place(Answer.__new__(Answer), member, size, n, only)
+    field.settles = True
+    return field
+
+
 cdef Answer answer8(uint8_t *member):
-    return <Answer>_place(Answer.__new__(Answer), member, 1, 1, -1)
+    return _answer(member, 1)
 
 
 cdef Answer answer32(uint32_t *member):
-    return <Answer>_place(Answer.__new__(Answer), member, 4, 1, -1)
+    return _answer(member, 4)
 
 
 cdef Answer answer64(uint64_t *member, int only=-1, tuple allowed=None, size_t n=1):
-    cdef Answer field = <Answer>_place(Answer.__new__(Answer), member, 8, n, only)
+    cdef Answer field = _answer(member, 8, n, only)
     field.allowed = allowed
+    return field
+
+
+cdef Answer beside64(uint64_t *member, int only=-1):
+    cdef Answer field = answer64(member, only)
+    field.settles = False
     return field
 
 
@@ -582,7 +601,7 @@ cdef class Hyperv(Exit):
     status = answer64(&_layout.hyperv.u.syndbg.status, KVM_EXIT_HYPERV_SYNDBG)
     send_page = u64(&_layout.hyperv.u.syndbg.send_page, 1, KVM_EXIT_HYPERV_SYNDBG)
     recv_page = u64(&_layout.hyperv.u.syndbg.recv_page, 1, KVM_EXIT_HYPERV_SYNDBG)
-    pending_page = answer64(&_layout.hyperv.u.syndbg.pending_page, KVM_EXIT_HYPERV_SYNDBG)
+    pending_page = beside64(&_layout.hyperv.u.syndbg.pending_page, KVM_EXIT_HYPERV_SYNDBG)
 
     @property
     def msr(self):
@@ -624,10 +643,10 @@ cdef class Tdx(Exit):
     gpa = u64(&_layout.tdx.get_quote.gpa)
     size = u64(&_layout.tdx.get_quote.size)
     vector = u64(&_layout.tdx.setup_event_notify.vector)
-    r11 = answer64(&_layout.tdx.get_tdvmcall_info.r11)
-    r12 = answer64(&_layout.tdx.get_tdvmcall_info.r12)
-    r13 = answer64(&_layout.tdx.get_tdvmcall_info.r13)
-    r14 = answer64(&_layout.tdx.get_tdvmcall_info.r14)
+    r11 = beside64(&_layout.tdx.get_tdvmcall_info.r11)
+    r12 = beside64(&_layout.tdx.get_tdvmcall_info.r12)
+    r13 = beside64(&_layout.tdx.get_tdvmcall_info.r13)
+    r14 = beside64(&_layout.tdx.get_tdvmcall_info.r14)
 
 
 @cython.final
@@ -636,7 +655,7 @@ cdef class SnpReqCerts(Exit):
 
     __match_args__ = ("gpa", "npages", "ret")
     gpa = u64(&_layout.snp_req_certs.gpa)
-    npages = answer64(&_layout.snp_req_certs.npages)
+    npages = beside64(&_layout.snp_req_certs.npages)
     ret = answer64(&_layout.snp_req_certs.ret, -1, (0, 28, 11, 5))
 
 
@@ -1002,7 +1021,7 @@ cdef int answer_data(Exit e, value) except -1:
     else:
         number = to_number(value, size)
         source = <const char *>&number
-    e.write(offset, source, size * count)
+    e.write(offset, source, size * count, True)
     if isinstance(e, Io):
         io = <Io>e
         io.answered = True

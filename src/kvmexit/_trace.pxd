@@ -1,11 +1,11 @@
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmexit._page cimport kvmexit_vcpu
 
 
 cdef struct Step:
     int error
-    uint32_t reason
+    int64_t reason        # -1: not written
     uint16_t flags
     uint16_t used         # bytes of payload
     uint32_t data_size    # PIO bytes

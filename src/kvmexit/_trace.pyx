@@ -32,8 +32,9 @@ class ScriptStep(NamedTuple):
     """One return of KVM_RUN: `errno` (0: success), and what kvm_run says then.
 
     reason: kvm_run.exit_reason, None to leave it unwritten. payload: the union's first bytes. data: PIO bytes, which begin
-    one page into the mapping. flags: kvm_run.flags. rip: in the synced registers. spin: do not return before immediate_exit
-    is set, as a guest in a loop; then EINTR.
+    one page into the mapping. flags: kvm_run.flags. rip: in the synced registers. spin: the guest loops here
+    until kicked; an entry ends with EINTR once immediate_exit is set. second_half: comes when the step before is completed,
+    immediate_exit or not, as the second half of an access over two pages does.
     """
 
     reason: int | None = None
@@ -75,10 +76,11 @@ cdef int enter_scripted(kvmexit_vcpu *c) noexcept nogil:
     if step.spin:
         while not kvmexit_load_immediate_exit(run):
             sched_yield()
-        p.position += 1
+        if c.request:
+            p.position += 1  # a kick moves the guest on; a tick or a time-out does not
         return -EINTR
-    if step.reason != UNWRITTEN_REASON:
-        run.exit_reason = step.reason
+    if step.reason >= 0:
+        run.exit_reason = <uint32_t>step.reason
     run.flags = step.flags
     run.s.regs.regs.rip = step.rip
     memcpy(&run.hw, step.payload, step.used)
@@ -88,10 +90,6 @@ cdef int enter_scripted(kvmexit_vcpu *c) noexcept nogil:
         p.open = <long>p.position
     p.position += 1
     return -step.error
-
-
-cdef enum:
-    UNWRITTEN_REASON = 0xfffffffe
 
 
 @cython.final
@@ -123,7 +121,7 @@ cdef class Script:
         for i, step in enumerate(steps):
             c = &p.steps[i]
             c.error = step.errno
-            c.reason = UNWRITTEN_REASON if step.reason is None else step.reason
+            c.reason = -1 if step.reason is None else <uint32_t>step.reason
             c.flags = step.flags
             c.rip = step.rip
             c.spin = step.spin

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from kvmexit._ioctl cimport Handle, call, call_value
+from kvmexit._ioctl cimport Handle, call, call_value, forks
 from kvmexit._memory cimport Memory
 from kvmexit._page cimport EVENTS, REGS, SREGS, Page, map_vcpu
 from kvmexit._routes cimport ANY, RouteTable
@@ -66,11 +66,9 @@ _DEFAULT_RUN_SIZE = 3 * 4096  # kvm_run, PIO data, coalesced ring
 
 
 def _check_platform():
-    if sys.platform != "linux":
-        raise Error(f"kvmexit runs vCPUs on Linux, this is {sys.platform}; kvmexit.testing.ScriptedVM works anywhere")
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise Error(
-            f"kvmexit runs vCPUs on x86-64, this is {platform.machine()}; kvmexit.testing.ScriptedVM works anywhere")
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise Error(f"kvmexit runs vCPUs on x86-64 Linux, this is {platform.machine()} {sys.platform}: use a machine that is, "
+                    "or kvmexit.testing.ScriptedVM")
 
 
 cdef int _open_device(device) except -1:
@@ -176,22 +174,19 @@ cdef class VM:
         if self.handle is None:
             return
         from kvmexit._loop import kick_page
-        me = PyThread_get_thread_ident()
-        mine = True
-        try:
-            self.handle.check()
-        except Error:
-            mine = False  # forked, or closed already
+        mine = self.handle.forks == forks()
         if mine:
+            me = PyThread_get_thread_ident()
             if me in [(<Page>page).owner for page in self.pages]:
                 raise Error("close() from a handler of a running vCPU: return STOP, and close after run()")
             self.handle.closed = True  # from here on run() and everything else is refused
-        while mine and any([(<Page>page).owner for page in self.pages]):
-            for page in self.pages:
-                if (<Page>page).owner:
-                    kick_page(page)
-            time.sleep(0.001)  # with the GIL released; raises on Ctrl-C, and close() can be called again
-        for page in self.pages:
+            # Every close() waits, also a second one: descriptors are not taken from under a vCPU.
+            while any([(<Page>page).owner for page in self.pages]):
+                for page in list(self.pages):
+                    if (<Page>page).owner:
+                        kick_page(page)
+                time.sleep(0.001)  # with the GIL released; raises on Ctrl-C, and close() can be called again
+        for page in list(self.pages):
             (<Page>page).close()
         if self.memory is not None:
             if self.adopted and mine:

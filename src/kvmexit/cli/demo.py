@@ -23,7 +23,7 @@ from kvmexit._exits import Exit, Io, MemoryFault, UnexplainedFault
 from kvmexit._loop import Vcpu
 from kvmexit._memory import GuestMemfdFlags
 from kvmexit._version import __version__
-from kvmexit._vm import VM
+from kvmexit._vm import VM, VMType
 from kvmexit.errors import Error
 from kvmexit.testing import ScriptedVM, memory_fault, pio_out
 
@@ -33,6 +33,7 @@ PAGE = 4096
 CODE = 0x1000
 REGION = 0x1000_0000
 CHUNK = 16 * PAGE
+KVM_SET_MEMORY_ATTRIBUTES, MEMORY_ATTRIBUTE_PRIVATE = 0x4020AED2, 1 << 3
 MMAP_SHARED = GuestMemfdFlags.MMAP | GuestMemfdFlags.INIT_SHARED
 PROGRESS_PORT, DONE_PORT = 0x3F8, 0xF4
 
@@ -121,6 +122,30 @@ class Scenario(ABC):
         """The callback."""
 
 
+class PrivateToShared(Scenario):
+    """Reason 39 with the private flag, as a confidential guest raises it: VMs that have private memory."""
+
+    name = "private"
+    story = "the region is private, and the guest uses it as shared; the callback converts it (KVM_EXIT_MEMORY_FAULT)"
+
+    def make_vm(self) -> VM:
+        vm = VM(VMType.SW_PROTECTED)
+        if not vm.check(233) & MEMORY_ATTRIBUTE_PRIVATE:  # KVM_CAP_MEMORY_ATTRIBUTES
+            vm.close()
+            raise Error("this kernel has no memory attributes")
+        return vm
+
+    def lose(self) -> None:
+        self.vm.memory.add(REGION, self.size)
+        set_attributes = struct.pack("<4Q", REGION, self.size, MEMORY_ATTRIBUTE_PRIVATE, 0)
+        self.vm.ioctl(KVM_SET_MEMORY_ATTRIBUTES, set_attributes)
+
+    def repair(self, vcpu: Vcpu, fault: Exit) -> None:
+        assert isinstance(fault, MemoryFault) and fault.private
+        gpa = fault.gpa // CHUNK * CHUNK
+        vcpu.vm.ioctl(KVM_SET_MEMORY_ATTRIBUTES, struct.pack("<4Q", gpa, CHUNK, 0, 0))
+
+
 class GuestMemfdGone(Scenario):
     """Reason 39 on an ordinary VM, Linux 6.18 or later."""
 
@@ -196,7 +221,7 @@ class Scripted(Scenario):
             slot[offset : offset + 8] = struct.pack("<Q", fault.gpa + offset)
 
 
-SCENARIOS: tuple[type[Scenario], ...] = (GuestMemfdGone, FileTruncated, Scripted)
+SCENARIOS: tuple[type[Scenario], ...] = (PrivateToShared, GuestMemfdGone, FileTruncated, Scripted)
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

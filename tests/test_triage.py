@@ -102,8 +102,9 @@ def test_a_vcpu_that_gave_up_can_run_again(scripted):
     assert isinstance(vcpu.run(), kvmexit.Hlt)
 
 
-@pytest.mark.parametrize(("silent", "other"), [(UNWRITTEN, ScriptStep(errno=ENOMEM)), (ScriptStep(errno=ENOMEM), UNWRITTEN)],
-                         ids=["unwritten", "ENOMEM"])
+@pytest.mark.parametrize(("silent", "other"), [
+    (UNWRITTEN, ScriptStep(errno=ENOMEM)), (ScriptStep(errno=ENOMEM), UNWRITTEN),
+], ids=["unwritten", "ENOMEM"])
 def test_the_two_bounds_are_apart(scripted, silent, other):
     """999 of one kind and then one of the other are not 1000 in a row of either."""
     assert isinstance(scripted.create_vcpu(0, [*[silent] * (IN_A_ROW - 1), other, hlt()]).run(), kvmexit.Hlt)
@@ -203,7 +204,8 @@ def test_interruptions_and_eagain_are_never_too_many(scripted, number):
 @stale
 def test_a_passing_enomem_is_entered_again(scripted, reason):
     """ENOMEM, stale: it has been seen to pass."""
-    assert isinstance(scripted.create_vcpu(0, [ScriptStep(reason, FAULT, errno=ENOMEM)] * 5 + [hlt()]).run(), kvmexit.Hlt)
+    vcpu = scripted.create_vcpu(0, [ScriptStep(reason, FAULT, errno=ENOMEM)] * 5 + [hlt()])
+    assert isinstance(vcpu.run(), kvmexit.Hlt)
 
 
 def test_enomem_is_counted(scripted):

@@ -300,6 +300,27 @@ def test_a_hypercall_that_kvm_keeps_to_itself_is_refused(vm):
         vm.on_hypercall(5, lambda vcpu, call: 0)
 
 
+def test_a_hypercall_is_answered_in_rax(vm):
+    """MAP_GPA_RANGE (12) with its arguments; what the handler returns is the guest's RAX."""
+    with open("/proc/cpuinfo") as cpuinfo:
+        vmcall = "0f 01 d9" if "AuthenticAMD" in cpuinfo.read() else "0f 01 c1"
+    # mov eax, 12; mov ebx, 0x3000; mov ecx, 2; mov edx, 0x10; vm(m)call; out 0x80, eax
+    code = f"b8 0c 00 00 00  bb 00 30 00 00  b9 02 00 00 00  ba 10 00 00 00  {vmcall}  e7 80"
+    vcpu = load(vm, bytes.fromhex(code), cpl=0)
+    seen = []
+
+    @vm.on_hypercall(12)
+    def map_gpa_range(vcpu, call):
+        seen.append((call.nr, call.args[:3], call.flags & 1))
+        return 2**64 - 22
+
+    exit = vcpu.run(timeout=0.5)
+    if isinstance(exit, kvmexit.Interrupted):
+        pytest.skip("a guest's hypercall does not exit on this machine")
+    assert exit.data == struct.pack("<i", -22)
+    assert seen == [(12, (0x3000, 2, 0x10), 1)]
+
+
 def test_a_raw_ioctl_checks_its_buffer(vm):
     """Too short, or read-only where KVM writes."""
     with pytest.raises(ValueError, match="takes 24 bytes, the buffer has 4"):

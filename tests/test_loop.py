@@ -337,7 +337,8 @@ def test_data_of_another_length_is_an_error(scripted, step, value):
 
 @pytest.mark.parametrize(("step", "value"), [
     (pio_in(PORT), 256), (pio_in(PORT), -1), (pio_in(PORT, 2), 1 << 16), (pio_in(PORT, 4), 1 << 32),
-    (mmio_read(GPA, 3), 1 << 24), (mmio_read(GPA, 8), 1 << 64), (hypercall(12), 1 << 64), (hypercall(12), -1), (READS["rdmsr"][0], 1 << 64),
+    (mmio_read(GPA, 3), 1 << 24), (mmio_read(GPA, 8), 1 << 64), (hypercall(12), 1 << 64), (hypercall(12), -1),
+    (READS["rdmsr"][0], 1 << 64),
 ])
 def test_a_number_that_does_not_fit_is_an_error(scripted, step, value):
     """Nothing is cut off, and nothing wraps: ValueError."""
@@ -956,7 +957,8 @@ def test_kvm_is_not_entered_with_an_unanswered_read(scripted, step):
 
 @pytest.mark.parametrize("payload", [
     struct.pack("<BBHIQ", 2, 1, PORT, 1, 4096), struct.pack("<BBHIQ", 0, 0, PORT, 1, 4096),
-    struct.pack("<BBHIQ", 0, 1, PORT, 0, 4096), struct.pack("<BBHIQ", 0, 4, PORT, 2**32 - 1, 4096), struct.pack("<BBHIQ", 0, 1, PORT, 1, 2**64 - 1),
+    struct.pack("<BBHIQ", 0, 1, PORT, 0, 4096), struct.pack("<BBHIQ", 0, 4, PORT, 2**32 - 1, 4096),
+    struct.pack("<BBHIQ", 0, 1, PORT, 1, 2**64 - 1),
     struct.pack("<BBHIQ", 0, 1, PORT, 8193, 4096), struct.pack("<BBHIQ", 0, 1, PORT, 1, 0),
 ], ids=["direction", "no size", "no units", "too long", "far outside", "one byte too long", "inside kvm_run"])
 def test_kvm_is_not_entered_after_port_input_that_contradicts_itself(scripted, payload):

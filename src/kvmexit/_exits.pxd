@@ -24,7 +24,7 @@ cdef class Exit:
     cdef uint32_t place     # as kvmexit_vcpu.place
     cdef int error_
     cdef uint16_t run_flags_
-    cdef uint8_t payload[PAYLOAD]
+    cdef uint64_t payload[32]  # PAYLOAD bytes, aligned as struct kvm_run wants it
 
     cdef bint is_current(self) noexcept
     cdef int write(self, size_t offset, const void *data, size_t size, bint settles) except -1

@@ -44,7 +44,8 @@ def extensions():
             include_dirs=[str(SOURCE)],
             define_macros=macros,
             # no-strict-aliasing: an exit's payload, an array of words, is read through struct kvm_run
-            extra_compile_args=["-std=gnu11", "-fvisibility=hidden", "-fno-plt", "-fno-strict-aliasing", *(flags or ["-g0"])],
+            extra_compile_args=[
+                "-std=gnu11", "-fvisibility=hidden", "-fno-plt", "-fno-strict-aliasing", *(flags or ["-g0"])],
             extra_link_args=links or ["-Wl,--strip-debug"],
             depends=[str(p) for p in sorted(SOURCE.rglob("*.h"))],
             py_limited_api=stable_abi(),

@@ -200,7 +200,8 @@ static int kvmexit_begin(struct kvmexit_vcpu *v, uint64_t timeout_ns, int main_t
     if ((errno = pthread_sigmask(SIG_UNBLOCK, &set, &old)) != 0)
         return -1;
     v->was_blocked = sigismember(&old, kvmexit_signal) == 1;
-    if (t->pid != v->pid) {
+    if (t->pid != v->pid) { /* the first run() of this thread, or of a forked child: the parent's timer is not ours */
+        t->armed_ns = 0;
         t->pid = v->pid;
         t->tid = (pid_t)syscall(SYS_gettid);
     }

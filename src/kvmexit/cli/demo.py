@@ -141,7 +141,8 @@ class PrivateToShared(Scenario):
         self.vm.ioctl(KVM_SET_MEMORY_ATTRIBUTES, set_attributes)
 
     def repair(self, vcpu: Vcpu, fault: Exit) -> None:
-        assert isinstance(fault, MemoryFault) and fault.private
+        assert isinstance(fault, MemoryFault)
+        assert fault.private
         gpa = fault.gpa // CHUNK * CHUNK
         vcpu.vm.ioctl(KVM_SET_MEMORY_ATTRIBUTES, struct.pack("<4Q", gpa, CHUNK, 0, 0))
 

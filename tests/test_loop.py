@@ -692,6 +692,35 @@ def test_routes_are_the_vms(scripted, asked):
     assert asked == []
 
 
+class Device:
+    """Something with a route, that takes it back when it goes; only the collector of cycles finds it."""
+
+    def __init__(self, vm, asked):
+        self.cycle = self
+        self.route = vm.on_pio(PORT, 1, Recorder(asked, "device"))
+
+    def __del__(self):
+        self.route.remove()
+
+
+@pytest.mark.parametrize("allocations", range(12))
+def test_a_route_removed_by_a_finalizer_stays_removed(scripted, asked, allocations):
+    """Whenever the collector runs: on 3.11 also at an allocation in the midst of another registration."""
+    before = gc.get_threshold()
+    gc.disable()
+    try:
+        Device(scripted, asked)
+        gc.set_threshold(gc.get_count()[0] + allocations)
+        gc.enable()
+        scripted.on_pio(OTHER_PORT, 1, Recorder(asked, "other"))
+    finally:
+        gc.set_threshold(*before)
+        gc.enable()
+    gc.collect()
+    scripted.create_vcpu(0, [pio_out(PORT, b"x")]).run()
+    assert asked == []
+
+
 # ---- routes that change while a vCPU runs ----
 
 

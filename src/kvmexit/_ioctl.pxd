@@ -8,6 +8,9 @@ cdef class Handle:
     cdef readonly bint closed
     cdef unsigned forks
     cdef readonly str what
+    cdef readonly int users  # ioctls under way, with the GIL released
 
     cdef int check(self) except -1
+    cdef int call(self, str name, unsigned long number, void *argument) except -1
+    cdef long call_value(self, str name, unsigned long number, unsigned long argument) except -1
     cdef void close(self) noexcept

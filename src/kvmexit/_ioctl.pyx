@@ -68,14 +68,27 @@ cdef class Handle:
             raise Error(f"{self.what} is closed")
         return 0
 
+    cdef int call(self, str name, unsigned long number, void *argument) except -1:
+        """ioctl on it, with a pointer. Counted: close() must not free the number for somebody else's file meanwhile."""
+        self.users += 1
+        try:
+            return call(self.fd, name, number, argument)
+        finally:
+            self.users -= 1
+
+    cdef long call_value(self, str name, unsigned long number, unsigned long argument) except -1:
+        """The same with a number."""
+        return self.call(name, number, <void *>argument)
+
     cdef void close(self) noexcept:
+        """Only once `users` is 0."""
         self.closed = True
         if self.fd >= 0:
             close_fd(self.fd)
             self.fd = -1
 
 
-def generic_ioctl(int fd, unsigned long number, argument):
+def generic_ioctl(Handle handle, unsigned long number, argument):
     """ioctl with an int, or with a buffer that is changed in place. The result, never negative.
 
     The buffer must be as large as the number says (its _IOC_SIZE), and writable where the kernel writes (_IOC_READ).
@@ -84,11 +97,11 @@ def generic_ioctl(int fd, unsigned long number, argument):
     cdef size_t size = (number >> 16) & 0x3fff
     name = f"ioctl {number:#x}"
     if isinstance(argument, int):
-        return call_value(fd, name, number, argument)
+        return handle.call_value(name, number, argument)
     view = memoryview(argument).cast("B")
     if <size_t>len(view) < size:
         raise ValueError(f"{name} takes {size} bytes, the buffer has {len(view)}")
     if number >> 31 and view.readonly:
         raise ValueError(f"{name} writes to its argument, and the buffer is read-only: pass a bytearray")
     data = view
-    return call(fd, name, number, <void *>&data[0] if len(view) else NULL)
+    return handle.call(name, number, <void *>&data[0] if len(view) else NULL)

@@ -19,7 +19,6 @@ from libc.string cimport memcmp, memcpy, memset
 from kvmexit._exits cimport (
     PLACES, UNEXPLAINED, Exit, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make, make_interrupted,
 )
-from kvmexit._ioctl cimport call, call_value
 from kvmexit._page cimport REGS, Page, kvmexit_vcpu
 from kvmexit._registers cimport events_of, regs_of, sregs_of
 from kvmexit._routes cimport RouteTable
@@ -452,13 +451,13 @@ cdef class Vcpu:
             raise ValueError(f"vector {vector} is not in 0..255")
         argument.irq = vector
         self._check()
-        call(self.page.c.fd, "KVM_INTERRUPT", KVM_INTERRUPT, &argument)
+        self.page.handle.call("KVM_INTERRUPT", KVM_INTERRUPT, &argument)
         self.page.valid = 0
 
     def nmi(self):
         """Inject an NMI (KVM_NMI)."""
         self._check()
-        call_value(self.page.c.fd, "KVM_NMI", KVM_NMI, 0)
+        self.page.handle.call_value("KVM_NMI", KVM_NMI, 0)
         self.page.valid = 0
 
     # ---- the rest ----
@@ -470,7 +469,7 @@ cdef class Vcpu:
         """
         self._check()
         try:
-            return generic_ioctl(self.page.c.fd, number, argument)
+            return generic_ioctl(self.page.handle, number, argument)
         finally:
             self.page.valid = 0 if self.page.c.fd >= 0 else self.page.valid
 

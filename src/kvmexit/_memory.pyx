@@ -23,7 +23,7 @@ from libc.string cimport memset
 from posix.mman cimport MAP_NORESERVE
 from posix.unistd cimport close as close_descriptor, getpid
 
-from kvmexit._ioctl cimport Handle, call, forks
+from kvmexit._ioctl cimport Handle, forks
 from kvmexit._uapi cimport (
     GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CREATE_GUEST_MEMFD, KVM_MEM_GUEST_MEMFD,
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2,
@@ -284,7 +284,7 @@ cdef class Memory:
         memset(&argument, 0, sizeof(argument))
         argument.size = size
         argument.flags = flags
-        fd = call(self.handle.fd, "KVM_CREATE_GUEST_MEMFD", KVM_CREATE_GUEST_MEMFD, &argument)
+        fd = self.handle.call("KVM_CREATE_GUEST_MEMFD", KVM_CREATE_GUEST_MEMFD, &argument)
         fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
         return fd
 
@@ -325,9 +325,9 @@ cdef class Memory:
             region.guest_memfd = slot.gmem_fd
             region.guest_memfd_offset = slot.gmem_offset
         if self.region2:
-            return call(self.handle.fd, "KVM_SET_USER_MEMORY_REGION2", KVM_SET_USER_MEMORY_REGION2, &region)
+            return self.handle.call("KVM_SET_USER_MEMORY_REGION2", KVM_SET_USER_MEMORY_REGION2, &region)
         # The older struct is the newer one's beginning.
-        return call(self.handle.fd, "KVM_SET_USER_MEMORY_REGION", KVM_SET_USER_MEMORY_REGION, &region)
+        return self.handle.call("KVM_SET_USER_MEMORY_REGION", KVM_SET_USER_MEMORY_REGION, &region)
 
     cdef int set_slots(self, slots) except -1:
         """Publish a new set of slots. Readers hold the GIL, as we do, so they see one set or the other."""

@@ -1,6 +1,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from posix.types cimport pid_t
 
+from kvmexit._ioctl cimport Handle
 from kvmexit._uapi cimport kvm_regs, kvm_run
 
 
@@ -36,7 +37,7 @@ cdef enum:
 
 cdef class Page:
     cdef kvmexit_vcpu c
-    cdef unsigned forks
+    cdef Handle handle                       # of the vCPU; c.fd is its descriptor
     cdef object __weakref__
     cdef object script                       # what c.script points into
     cdef readonly unsigned long owner        # thread identity of the run() in progress, or 0

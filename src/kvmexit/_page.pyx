@@ -4,12 +4,13 @@ A `Page` refers to nothing that refers back, so a vCPU and the exits made from i
 mapping outlives `close()`: a kick may be storing to it at that moment (it goes when the last holder goes).
 """
 
+cimport cython
 from libc.errno cimport errno
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
-from posix.unistd cimport close as close_fd, getpid
+from posix.unistd cimport getpid
 
-from kvmexit._ioctl cimport call, forks
+from kvmexit._ioctl cimport Handle, forks
 from kvmexit._uapi cimport (
     KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_VCPU_EVENTS, KVM_SET_REGS, KVM_SET_SREGS, KVM_SET_VCPU_EVENTS, kvm_regs,
     kvm_sregs, kvm_sync_regs, kvm_vcpu_events,
@@ -45,6 +46,7 @@ cdef void forget(Page page, RegisterClass *k) noexcept:
     page.written &= ~k.bit
 
 
+@cython.no_gc  # it refers to nothing that refers back; and cleared by the collector it could not close what it holds
 cdef class Page:
     """One vCPU's shared page and descriptor. Internal."""
 
@@ -58,18 +60,18 @@ cdef class Page:
             munmap(self.c.run, self.c.run_size)
 
     cdef void close(self) noexcept:
-        if self.borrowed and self.forks == forks():
+        if self.borrowed and self.handle.forks == forks():
             self.c.run.kvm_valid_regs = self.borrowed_valid_regs
         self.borrowed = False
-        if self.c.fd >= 0:
-            close_fd(self.c.fd)
-            self.c.fd = -1
+        if self.handle is not None:
+            self.handle.close()
+        self.c.fd = -1
 
     cdef int check(self) except -1:
         """Raise in a forked child: its stores to the shared page would reach the parent's vCPU."""
         if self.c.run == NULL:
             raise Error("a vCPU comes from VM.create_vcpu()")
-        if self.forks != forks():
+        if self.handle.forks != forks():
             raise Error(
                 f"this vCPU belongs to process {self.c.pid}; after fork() the child must make a VM of its own")
         return 0
@@ -90,7 +92,7 @@ cdef class Page:
             k = &_classes[i]
             if k.bit & which & ~self.valid:
                 if self.c.fd >= 0:
-                    call(self.c.fd, _GET_NAMES[k.bit], k.get, <char *>&self.c.run.s.regs + k.offset)
+                    self.handle.call(_GET_NAMES[k.bit], k.get, <char *>&self.c.run.s.regs + k.offset)
                 self.valid |= k.bit
         return 0
 
@@ -114,7 +116,7 @@ cdef class Page:
                 self.c.run.kvm_dirty_regs |= <uint64_t>k.bit
             elif self.c.fd >= 0:
                 try:
-                    call(self.c.fd, _SET_NAMES[k.bit], k.set, copy)
+                    self.handle.call(_SET_NAMES[k.bit], k.set, copy)
                 except KvmError:
                     self.valid &= ~k.bit
                     forget(self, k)
@@ -127,9 +129,9 @@ cdef Page map_vcpu(int fd, size_t run_size):
     """A page over a vCPU's descriptor, which it owns from here on, also when this fails."""
     cdef Page page = Page.__new__(Page)
     cdef void *run
+    page.handle = Handle(fd, "this vCPU")
     page.c.fd = fd
     page.c.pid = getpid()
-    page.forks = forks()
     run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
     if run == MAP_FAILED:
         raise KvmError(errno, "mmap of kvm_run")
@@ -142,11 +144,11 @@ cdef Page anonymous(size_t run_size):
     """A page with no kernel behind it, for scripted vCPUs."""
     cdef Page page = Page.__new__(Page)
     cdef void *run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    page.handle = Handle(-1, "this vCPU")
     page.c.fd = -1
     if run == MAP_FAILED:
         raise KvmError(errno, "mmap")
     page.c.pid = getpid()
-    page.forks = forks()
     page.c.run = <kvm_run *>run
     page.c.run_size = run_size
     page.valid = REGS | SREGS | EVENTS

@@ -56,13 +56,9 @@ cdef class RouteTable:
     def __dealloc__(self):
         free(self.ranges)
 
-    def added(self, entries):
-        """-> a table with these entries too."""
-        return RouteTable(self.entries + tuple(entries))
-
-    def removed(self, entries):
-        """-> a table without these."""
-        return RouteTable([e for e in self.entries if e not in entries])
+    def changed(self, added, removed):
+        """-> a table with some entries more, and some less."""
+        return RouteTable([e for e in self.entries if e not in removed] + list(added))
 
     cdef PyObject *find(self, Exit e, Py_ssize_t *position) noexcept:
         """The first handler for `e` at or after `position`, which moves behind it; NULL when there is none left.

@@ -137,9 +137,9 @@ cdef class VM:
     def _place_intel_pages(self):
         cdef uint64_t identity_map = _IDENTITY_MAP
         if self.check(KVM_CAP_SET_IDENTITY_MAP_ADDR):
-            call(self.handle.fd, "KVM_SET_IDENTITY_MAP_ADDR", KVM_SET_IDENTITY_MAP_ADDR, &identity_map)
+            self.handle.call("KVM_SET_IDENTITY_MAP_ADDR", KVM_SET_IDENTITY_MAP_ADDR, &identity_map)
         if self.check(KVM_CAP_SET_TSS_ADDR):
-            call_value(self.handle.fd, "KVM_SET_TSS_ADDR", KVM_SET_TSS_ADDR, _TSS)
+            self.handle.call_value("KVM_SET_TSS_ADDR", KVM_SET_TSS_ADDR, _TSS)
 
     @classmethod
     def adopt(cls, fd, *, type=VMType.DEFAULT, slots=(), free_slots=(), device="/dev/kvm"):
@@ -180,8 +180,8 @@ cdef class VM:
             if me in [(<Page>page).owner for page in self.pages]:
                 raise Error("close() from a handler of a running vCPU: return STOP, and close after run()")
             self.handle.closed = True  # from here on run() and everything else is refused
-            # Every close() waits, also a second one: descriptors are not taken from under a vCPU.
-            while any([(<Page>page).owner for page in self.pages]):
+            # Every close() waits, also a second one: descriptors are not taken from under a vCPU or an ioctl.
+            while self.handle.users or any([(<Page>page).owner or (<Page>page).handle.users for page in self.pages]):
                 for page in list(self.pages):
                     if (<Page>page).owner:
                         kick_page(page)
@@ -222,7 +222,7 @@ cdef class VM:
         self.handle.check()
         if self.handle.fd < 0:
             return 0
-        return call_value(self.handle.fd, "KVM_CHECK_EXTENSION", KVM_CHECK_EXTENSION, cap)
+        return self.handle.call_value("KVM_CHECK_EXTENSION", KVM_CHECK_EXTENSION, cap)
 
     def enable(self, cap, *args):
         """KVM_ENABLE_CAP on this VM, with up to four numbers."""
@@ -233,14 +233,16 @@ cdef class VM:
         argument.cap = cap
         for i, value in enumerate(args):
             argument.args[i] = value
-        call(self.fd, "KVM_ENABLE_CAP", KVM_ENABLE_CAP, &argument)
+        self.handle.check()
+        self.handle.call("KVM_ENABLE_CAP", KVM_ENABLE_CAP, &argument)
 
     def ioctl(self, number, argument=0):
         """Any ioctl on the VM: `argument` is an int, or a buffer that is changed in place. -> its result.
 
         The buffer is checked against the size in `number` only: of structs with a trailing array the counts are yours.
         """
-        return generic_ioctl(self.fd, number, argument)
+        self.handle.check()
+        return generic_ioctl(self.handle, number, argument)
 
     # ---- vCPUs and interrupts ----
 
@@ -252,7 +254,7 @@ cdef class VM:
         self.handle.check()
         if id < 0:
             raise ValueError(f"vCPU id {id} is negative")
-        fd = call_value(self.fd, "KVM_CREATE_VCPU", KVM_CREATE_VCPU, id)
+        fd = self.handle.call_value("KVM_CREATE_VCPU", KVM_CREATE_VCPU, id)
         page = map_vcpu(fd, self.run_size)
         self._set_cpuid(fd)
         return self._make_vcpu(Vcpu, page, id)
@@ -269,7 +271,7 @@ cdef class VM:
         if not self.run_size:
             self.run_size = _adopted_run_size(self.device)
         page = map_vcpu(os.dup(fd), self.run_size)
-        call(page.c.fd, "KVM_SET_SIGNAL_MASK", KVM_SET_SIGNAL_MASK, NULL)
+        page.handle.call("KVM_SET_SIGNAL_MASK", KVM_SET_SIGNAL_MASK, NULL)
         page.borrowed = True
         page.borrowed_valid_regs = page.c.run.kvm_valid_regs
         return self._make_vcpu(Vcpu, page, id)
@@ -303,14 +305,16 @@ cdef class VM:
 
     def create_irqchip(self):
         """An in-kernel interrupt controller (KVM_CREATE_IRQCHIP); before the first vCPU."""
-        call_value(self.fd, "KVM_CREATE_IRQCHIP", KVM_CREATE_IRQCHIP, 0)
+        self.handle.check()
+        self.handle.call_value("KVM_CREATE_IRQCHIP", KVM_CREATE_IRQCHIP, 0)
 
     def irq_line(self, gsi, level):
         """Set an interrupt line of the in-kernel controller (KVM_IRQ_LINE)."""
         cdef kvm_irq_level argument
         argument.irq = gsi
         argument.level = 1 if level else 0
-        call(self.fd, "KVM_IRQ_LINE", KVM_IRQ_LINE, &argument)
+        self.handle.check()
+        self.handle.call("KVM_IRQ_LINE", KVM_IRQ_LINE, &argument)
 
     # ---- routes ----
 
@@ -384,12 +388,22 @@ cdef class VM:
             self.handle.check()
             self.serial += 1
             entries = [Entry(handler, place, first, last, self.serial) for place in places]
-            self.routes = self.routes.added(entries)
+            self._replace_routes(entries, ())
             return Route(self, handler, entries)
 
     def _remove_entries(self, entries):
         with self.lock:
-            self.routes = self.routes.removed(entries)
+            self._replace_routes((), entries)
+
+    def _replace_routes(self, added, removed):
+        """Swap the table. A finalizer that runs while the new one is made may swap it too: then once more."""
+        cdef RouteTable before
+        while True:
+            before = self.routes
+            after = before.changed(added, removed)
+            if self.routes is before:
+                self.routes = after
+                return
 
 
 def _span(first, count, limit, what):

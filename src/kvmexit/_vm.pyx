@@ -67,8 +67,8 @@ _DEFAULT_RUN_SIZE = 3 * 4096  # kvm_run, PIO data, coalesced ring
 
 def _check_platform():
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
-        raise Error(f"kvmexit runs vCPUs on x86-64 Linux, this is {platform.machine()} {sys.platform}: use a machine that is, "
-                    "or kvmexit.testing.ScriptedVM")
+        raise Error(f"kvmexit runs vCPUs on x86-64 Linux, this is {platform.machine()} {sys.platform}: "
+                    "use a machine that is, or kvmexit.testing.ScriptedVM")
 
 
 cdef int _open_device(device) except -1:

@@ -1,6 +1,7 @@
 """Memslots: what they are made of, how they are read, what is refused, and that nothing is left behind."""
 
 import contextlib
+import gc
 import mmap
 import os
 
@@ -300,6 +301,34 @@ def test_slots_are_found_by_address_however_many_there_are(scripted):
     for slot in slots[::2]:
         scripted.memory.remove(slot)
     assert scripted.memory.slots == tuple(slots[1::2])
+
+
+def test_finalizers_may_remove_slots_while_others_are_added(scripted):
+    """The collector may run one in the middle of add(): no deadlock, and neither change is lost."""
+
+    class Device:
+        def __init__(self, gpa):
+            self.itself = self
+            self.slot = scripted.memory.add(gpa, PAGE)
+
+        def __del__(self):
+            scripted.memory.remove(self.slot)
+
+    threshold = gc.get_threshold()
+    try:
+        for n in range(200):
+            gc.disable()
+            Device(0x100000 + PAGE * n)
+            gc.set_threshold(gc.get_count()[0] + n % 50)
+            gc.enable()
+            slot = scripted.memory.add(0, PAGE)
+            gc.disable()
+            gc.collect()
+            assert scripted.memory.slots == (slot,)
+            scripted.memory.remove(slot)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.enable()
 
 
 def test_the_older_ioctl_serves_where_the_newer_is_missing(vm):

@@ -144,6 +144,16 @@ def test_a_state_setting_ioctl_is_seen_by_the_views(vm):
     assert vcpu.regs.rdx == 0x1234
 
 
+def test_a_written_register_survives_complete_and_an_ioctl(vm):
+    """It is KVM's only from the next entry on; until then nothing fetches over it."""
+    vcpu = load(vm, bytes.fromhex("e6 80"))  # out 0x80, al
+    vcpu.regs.rax = 0x35
+    assert vcpu.complete() is None
+    vcpu.ioctl(0x8004AE98, bytearray(4))  # KVM_GET_MP_STATE
+    assert vcpu.regs.rax == 0x35
+    assert vcpu.run(timeout=10).data == b"\x35"
+
+
 def test_registers_of_a_running_vcpu_are_refused(vm):
     """From another thread, while it runs; the guest is none the worse."""
     vcpu = load(vm, SPIN)

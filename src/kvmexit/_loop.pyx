@@ -150,11 +150,12 @@ cdef Outcome interrupted(kvmexit_vcpu *c, bint drain) noexcept nogil:
 
 cdef bint fault_repeats(kvmexit_vcpu *c) noexcept nogil:
     """Note a fault; whether it is the same one, at the same registers, too often in a row."""
-    cdef uint64_t payload[3]
+    cdef uint64_t payload[4]
     cdef kvm_regs *regs = &c.run.s.regs.regs
     memset(payload, 0, sizeof(payload))
     if c.reason == KVM_EXIT_MEMORY_FAULT:
-        memcpy(payload, &c.run.memory_fault, sizeof(payload))
+        memcpy(payload, &c.run.memory_fault, sizeof(c.run.memory_fault))
+    payload[3] = c.error
     if not c.regs_synced and c.fd >= 0:
         ioctl(c.fd, KVM_GET_REGS, regs)  # of a protected guest there are none, and the payload decides alone
     if (c.fault_count and memcmp(payload, c.fault_payload, sizeof(payload)) == 0
@@ -264,11 +265,11 @@ cdef class Vcpu:
         PyErr_CheckSignals()
         while True:
             if not (c.unsettled or (c.needs and not c.answered)):
+                if drain and not c.completes:
+                    return None
                 # Registers go to KVM when nothing is pending: what is, gets completed first.
                 if self.page.written and not c.completes:
                     self.page.flush()
-                if drain and not c.completes:
-                    return None
                 outcome = self.enter(drain or self.page.written != 0)
                 if outcome == DRAINED:
                     continue
@@ -291,8 +292,9 @@ cdef class Vcpu:
         cdef kvmexit_vcpu *c = self.c
         cdef Outcome outcome
         cdef uint32_t reason = c.reason
+        cdef uint64_t changes = self.vm.memory.changes
         c.seq += 1  # with the GIL held: from here on no other thread can answer the previous exit
-        if c.fault_count and self.seen_changes != self.vm.memory.changes:
+        if c.fault_count and self.seen_changes != changes:
             c.fault_count = 0  # something was done about it
         with nogil:
             outcome = burst(c, drain)
@@ -312,7 +314,7 @@ cdef class Vcpu:
                 c.run.request_interrupt_window = 0
         elif outcome == FAULT or outcome == LOOPING:
             c.unsettled = outcome == FAULT
-            self.seen_changes = self.vm.memory.changes
+            self.seen_changes = changes  # as of before the entry: what others change meanwhile may be the repair
         else:
             c.needs = False  # there is no exit
         return outcome

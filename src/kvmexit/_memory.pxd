@@ -34,6 +34,6 @@ cdef class Memory:
 
     cdef object slot_at(self, uint64_t gpa)
     cdef int set_region(self, Slot slot, uint64_t size) except -1
-    cdef int set_slots(self, slots) except -1
+    cdef int change_slots(self, list added, list removed) except -1
     cdef int transfer(self, gpa, char *local, size_t n, bint to_guest) except -1
     cdef void close(self) noexcept

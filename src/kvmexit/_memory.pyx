@@ -155,7 +155,7 @@ cdef class Memory:
         self.region2 = region2
         self.fresh_numbers = iter(numbers)
         self.freed_numbers = []
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # re-entrant: a finalizer that runs meanwhile may add or remove, too
         self.slots = ()
 
     def __dealloc__(self):
@@ -223,7 +223,7 @@ cdef class Memory:
                 raise ValueError(f"no such slot: {slot!r}; there are {list(self.slots)}")
             gone = found
             self.set_region(gone, 0)
-            self.set_slots([s for s in self.slots if s is not gone])
+            self.change_slots([], [gone])
             self.freed_numbers.append(gone.number)
             gone.view_ = gone.mapping = None
             gone.close_fd()
@@ -267,7 +267,7 @@ cdef class Memory:
         slot.view_ = PyMemoryView_FromMemory(<char *><uintptr_t>slot.hva, slot.size, PyBUF_WRITE)
         if gmem_fd is not None:
             slot.gmem_fd = fcntl.fcntl(gmem_fd, fcntl.F_DUPFD_CLOEXEC, 3)
-        self.set_slots([*self.slots, slot])
+        self.change_slots([slot], [])
         return slot
 
     def _check_free(self, gpa, size):
@@ -304,7 +304,7 @@ cdef class Memory:
             elif error.errno == errnos.EEXIST:
                 error.hint = "the range overlaps memory that KVM itself keeps (TSS and identity map below 4 GiB)"
             raise
-        self.set_slots([*self.slots, slot])
+        self.change_slots([slot], [])
 
     cdef int set_region(self, Slot slot, uint64_t size) except -1:
         """Tell KVM of a slot; size 0 deletes it."""
@@ -329,19 +329,30 @@ cdef class Memory:
         # The older struct is the newer one's beginning.
         return self.handle.call("KVM_SET_USER_MEMORY_REGION", KVM_SET_USER_MEMORY_REGION, &region)
 
-    cdef int set_slots(self, slots) except -1:
-        """Publish a new set of slots. Readers hold the GIL, as we do, so they see one set or the other."""
-        cdef list ordered = sorted(slots, key=_by_gpa)
-        cdef Span *spans = <Span *>malloc(max(len(ordered), 1) * sizeof(Span))
+    cdef int change_slots(self, list added, list removed) except -1:
+        """Publish a new set of slots. Readers hold the GIL, as we do, so they see one set or the other.
+
+        Making it may run a finalizer that changes the set as well: then once more.
+        """
+        cdef Span *spans
         cdef Slot slot
         cdef Py_ssize_t i
-        if spans == NULL:
-            raise MemoryError
-        for i, slot in enumerate(ordered):
-            spans[i] = Span(slot.gpa, slot.gpa + (slot.size - 1))
+        cdef tuple before, after
+        while True:
+            before = self.slots
+            after = tuple(sorted([s for s in before if s not in removed] + added, key=_by_gpa))
+            spans = <Span *>malloc(max(len(after), 1) * sizeof(Span))
+            if spans == NULL:
+                raise MemoryError
+            for i, slot in enumerate(after):
+                spans[i] = Span(slot.gpa, slot.gpa + (slot.size - 1))
+            if self.slots is before:
+                break
+            free(spans)
+        # Nothing from here on runs Python code: `before` keeps the old set's objects.
         free(self.spans)
         self.spans = spans
-        self.slots = tuple(ordered)
+        self.slots = after
         self.changes += 1
         return 0
 
@@ -369,7 +380,7 @@ cdef class Memory:
                     self.set_region(slot, 0)
                 except KvmError:
                     pass  # that VM is dead already
-        self.set_slots([slot for slot in self.slots if (<Slot>slot).adopted])
+        self.change_slots([], [slot for slot in self.slots if not (<Slot>slot).adopted])
 
     cdef void close(self) noexcept:
         """The VM is gone, and so are its memslots."""

@@ -41,7 +41,7 @@ struct kvmexit_vcpu {
     /* the fault-loop guard: the previous fault, and how often it came in a row */
     uint32_t fault_limit, fault_count;
     int regs_synced; /* KVM leaves the registers in the page; else they are asked for */
-    uint64_t fault_payload[3];
+    uint64_t fault_payload[4];
 #if defined(__x86_64__)
     struct kvm_regs fault_regs;
 #endif

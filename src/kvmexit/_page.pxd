@@ -24,7 +24,7 @@ cdef extern from "_page.h" nogil:
         uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem
         uint32_t fault_limit, fault_count
         int regs_synced
-        uint64_t fault_payload[3]
+        uint64_t fault_payload[4]
         kvm_regs fault_regs
 
 

@@ -91,6 +91,8 @@ cdef class Page:
         for i in range(3):
             k = &_classes[i]
             if k.bit & which & ~self.valid:
+                if self.c.run.kvm_dirty_regs & <uint64_t>k.bit:
+                    continue  # the page has what KVM is still to get
                 if self.c.fd >= 0:
                     self.handle.call(_GET_NAMES[k.bit], k.get, <char *>&self.c.run.s.regs + k.offset)
                 self.valid |= k.bit

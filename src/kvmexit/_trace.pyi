@@ -1,5 +1,5 @@
 from collections.abc import Iterable
-from typing import NamedTuple, final
+from typing import NamedTuple, Self, final
 
 from kvmexit._page import Page
 
@@ -15,7 +15,7 @@ class ScriptStep(NamedTuple):
 
 @final
 class Script:
-    def __init__(self, steps: Iterable[ScriptStep], repeat: int = 1, keep: bool = True) -> None: ...
+    def __new__(cls, steps: Iterable[ScriptStep], repeat: int = 1, keep: bool = True) -> Self: ...
     def left(self, i: int) -> tuple[bytes, bytes]: ...
     @property
     def entries(self) -> list[tuple[int, int]]: ...

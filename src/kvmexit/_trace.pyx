@@ -96,7 +96,7 @@ cdef int enter_scripted(kvmexit_vcpu *c) noexcept nogil:
 cdef class Script:
     """The steps of a scripted vCPU, and what userspace left behind at each."""
 
-    def __init__(self, steps, uint64_t repeat=1, bint keep=True):
+    def __cinit__(self, steps, uint64_t repeat=1, bint keep=True):
         cdef Program *p = &self.program
         cdef Step *c
         cdef size_t place = 0

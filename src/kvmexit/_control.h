@@ -200,8 +200,9 @@ static int kvmexit_begin(struct kvmexit_vcpu *v, uint64_t timeout_ns, int main_t
     if ((errno = pthread_sigmask(SIG_UNBLOCK, &set, &old)) != 0)
         return -1;
     v->was_blocked = sigismember(&old, kvmexit_signal) == 1;
-    if (t->pid != v->pid) { /* the first run() of this thread, or of a forked child: the parent's timer is not ours */
+    if (t->pid != v->pid) { /* the first run() of this thread, or of a forked child: the parent's timer and vCPU are not ours */
         t->armed_ns = 0;
+        t->current = NULL;
         t->pid = v->pid;
         t->tid = (pid_t)syscall(SYS_gettid);
     }
@@ -228,15 +229,17 @@ static int kvmexit_begin(struct kvmexit_vcpu *v, uint64_t timeout_ns, int main_t
 
 /* ---- any thread's side ---- */
 
-static inline void kvmexit_kick(struct kvmexit_vcpu *v)
+/* 0, or why the thread could not be told: EAGAIN where the signal queue is full. The request stays open then. */
+static inline int kvmexit_kick(struct kvmexit_vcpu *v)
 {
     int32_t tid;
     __atomic_fetch_or(&v->request, KVMEXIT_REQUEST_KICK, __ATOMIC_SEQ_CST);
     __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     tid = __atomic_load_n(&v->tid, __ATOMIC_SEQ_CST);
     /* The thread may have left run(), or ended, since: then the signal finds no current vCPU, or nobody (ESRCH). */
-    if (tid)
-        syscall(SYS_tgkill, v->pid, tid, kvmexit_signal);
+    if (tid && syscall(SYS_tgkill, v->pid, tid, kvmexit_signal) != 0 && errno != ESRCH)
+        return errno;
+    return 0;
 }
 
 /* ---- the burst's side ---- */
@@ -264,11 +267,6 @@ static inline void kvmexit_consume_kick(struct kvmexit_vcpu *v)
 static inline void kvmexit_set_immediate_exit(struct kvmexit_vcpu *v)
 {
     __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-}
-
-static inline int kvmexit_is_running(struct kvmexit_vcpu *v)
-{
-    return __atomic_load_n(&v->tid, __ATOMIC_SEQ_CST) != 0;
 }
 
 /* libc's symbol on purpose: it can be interposed. */

@@ -7,6 +7,7 @@ exit is pending.
 """
 
 import enum
+import types
 from operator import index
 from typing import NamedTuple
 
@@ -180,12 +181,13 @@ cdef class Field:
     cdef size_t at, size, count
     cdef int only
     cdef bint boolean
+    cdef object owner
 
     def __get__(self, instance, owner):
         cdef Exit e
         if instance is None:
             return self
-        e = <Exit?>instance
+        e = self.of(instance)
         if self.only >= 0 and (<uint32_t *>e.payload)[0] != <uint32_t>self.only:
             return None
         if self.boolean:
@@ -196,6 +198,12 @@ cdef class Field:
 
     def __set__(self, instance, value):
         raise AttributeError(f"{type(instance).__name__} has no such answer: this field is what the guest did")
+
+    cdef Exit of(self, instance):
+        """The exit, which must be of the field's own class: another's payload means something else."""
+        if type(instance) is not self.owner:
+            raise TypeError(f"a field of {self.owner.__name__}, not of {type(instance).__name__}")
+        return <Exit>instance
 
     cdef uint64_t number(self, Exit e, size_t i) noexcept:
         cdef uint64_t value = 0
@@ -211,7 +219,7 @@ cdef class Answer(Field):
     cdef bint settles
 
     def __set__(self, instance, value):
-        cdef Exit e = <Exit?>instance
+        cdef Exit e = self.of(instance)
         cdef uint64_t numbers[32]
         cdef size_t i
         if self.only >= 0 and (<uint32_t *>e.payload)[0] != <uint32_t>self.only:
@@ -886,6 +894,12 @@ CLASSES = [
 ]
 
 
+for _class in CLASSES:
+    for _field in vars(_class).values():
+        if isinstance(_field, Field):
+            (<Field>_field).owner = _class
+
+
 cdef kvm_run *as_run(Exit e) noexcept:
     """The payload seen through struct kvm_run. SAFETY: for the union's members only; what precedes it is not there."""
     return <kvm_run *>(<uint8_t *>e.payload - UNION)
@@ -1044,8 +1058,8 @@ cdef bint run_is_write(Exit e) noexcept:
 cdef int answer(Exit e, value) except -1:
     """What a handler returned for an exit: write it where KVM looks for it, or say why it cannot be an answer."""
     if not isinstance(value, (int, bytes)):
-        if hasattr(value, "__await__") or hasattr(value, "send"):
-            if hasattr(value, "close"):
+        if isinstance(value, (types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType)):
+            if isinstance(value, types.CoroutineType):
                 value.close()  # or the interpreter prints that it was never awaited
             raise TypeError(f"a handler answered with a {type(value).__name__}: handlers are plain functions")
     elif isinstance(value, bool):

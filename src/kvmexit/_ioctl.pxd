@@ -1,6 +1,6 @@
 cdef unsigned forks() noexcept
 cdef int call(int fd, str name, unsigned long number, void *argument) except -1
-cdef long call_value(int fd, str name, unsigned long number, unsigned long argument) except -1
+cdef int call_value(int fd, str name, unsigned long number, unsigned long argument) except -1
 
 
 cdef class Handle:
@@ -12,5 +12,5 @@ cdef class Handle:
 
     cdef int check(self) except -1
     cdef int call(self, str name, unsigned long number, void *argument) except -1
-    cdef long call_value(self, str name, unsigned long number, unsigned long argument) except -1
+    cdef int call_value(self, str name, unsigned long number, unsigned long argument) except -1
     cdef void close(self) noexcept

@@ -1,8 +1,8 @@
-from typing_extensions import Buffer, disjoint_base
+from typing_extensions import Buffer, Self, disjoint_base
 
 @disjoint_base
 class Handle:
-    def __init__(self, fd: int, what: str) -> None: ...
+    def __new__(cls, fd: int, what: str) -> Self: ...
     @property
     def fd(self) -> int: ...
     @property

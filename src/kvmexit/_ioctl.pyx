@@ -1,7 +1,5 @@
 """ioctl on KVM's descriptors: no GIL meanwhile, and every failure becomes a KvmError in this one place."""
 
-import fcntl
-
 from libc.errno cimport errno
 from posix.unistd cimport close as close_fd
 
@@ -41,7 +39,7 @@ cdef int call(int fd, str name, unsigned long number, void *argument) except -1:
     return result
 
 
-cdef long call_value(int fd, str name, unsigned long number, unsigned long argument) except -1:
+cdef int call_value(int fd, str name, unsigned long number, unsigned long argument) except -1:
     """ioctl with a number; the result, never negative."""
     return call(fd, name, number, <void *>argument)
 
@@ -49,13 +47,10 @@ cdef long call_value(int fd, str name, unsigned long number, unsigned long argum
 cdef class Handle:
     """A VM's descriptor, shared by what works on it. Owns `fd`: -1 where no kernel is behind it, and once closed."""
 
-    def __init__(self, int fd, str what):
+    def __cinit__(self, int fd, str what):
         self.fd = fd
         self.what = what
-        self.closed = False
         self.forks = forks()
-        if fd >= 0:
-            fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
 
     def __dealloc__(self):
         self.close()
@@ -76,7 +71,7 @@ cdef class Handle:
         finally:
             self.users -= 1
 
-    cdef long call_value(self, str name, unsigned long number, unsigned long argument) except -1:
+    cdef int call_value(self, str name, unsigned long number, unsigned long argument) except -1:
         """The same with a number."""
         return self.call(name, number, <void *>argument)
 

@@ -23,7 +23,7 @@ from kvmexit._page cimport REGS, Page, kvmexit_vcpu
 from kvmexit._registers cimport events_of, regs_of, sregs_of
 from kvmexit._routes cimport RouteTable
 from kvmexit._uapi cimport (
-    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_GET_REGS, KVM_INTERRUPT, KVM_NMI,
+    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_GET_REGS, KVM_INTERRUPT, KVM_NMI, KVM_RUN,
     KVMEXIT_REASON_SENTINEL, kvm_interrupt, kvm_regs,
 )
 from kvmexit._vm cimport VM
@@ -53,7 +53,7 @@ cdef extern from "_control.h" nogil:
     int kvmexit_begin(kvmexit_vcpu *, uint64_t, int)
     void kvmexit_end(kvmexit_vcpu *)
     int kvmexit_watch(kvmexit_vcpu *)
-    void kvmexit_kick(kvmexit_vcpu *)
+    int kvmexit_kick(kvmexit_vcpu *)
     void kvmexit_renew(kvmexit_vcpu *)
     void kvmexit_set_immediate_exit(kvmexit_vcpu *)
     uint32_t kvmexit_acknowledge(kvmexit_vcpu *)
@@ -231,9 +231,10 @@ cdef class Vcpu:
             self.end()
 
     def kick(self):
-        """Make the run() in progress, or else the next one, return Interrupted("kick"): once, however many kicks came.
+        """Make the run() in progress, or else the next one, return Interrupted("kick"): once, however many kicks came before.
 
-        From any thread, and from signal handlers.
+        From any thread, and from signal handlers. A run() that has something else to return first, an exit that owes an
+        answer, keeps it for the one after. Raises KvmError (EAGAIN) where the signal queue is full.
         """
         kick_page(self.page)
 
@@ -270,7 +271,7 @@ cdef class Vcpu:
                 # Registers go to KVM when nothing is pending: what is, gets completed first.
                 if self.page.written and not c.completes:
                     self.page.flush()
-                outcome = self.enter(drain or self.page.written != 0)
+                outcome = self.enter(drain or self.page.written & ~self.page.flushed != 0)
                 if outcome == DRAINED:
                     continue
                 if outcome == LOOK:
@@ -293,12 +294,13 @@ cdef class Vcpu:
         cdef Outcome outcome
         cdef uint32_t reason = c.reason
         cdef uint64_t changes = self.vm.memory.changes
+        self.page.check()  # a handler may have forked: the child must not store to the parent's page
         c.seq += 1  # with the GIL held: from here on no other thread can answer the previous exit
         if c.fault_count and self.seen_changes != changes:
             c.fault_count = 0  # something was done about it
         with nogil:
             outcome = burst(c, drain)
-        self.page.valid = self.page.synced
+        self.page.entered()
         if outcome == FAILED or outcome == NO_MEMORY or outcome == UNWRITTEN:
             if c.completes:
                 # The entry did not happen: what was pending still is, with its answer.
@@ -469,6 +471,8 @@ cdef class Vcpu:
 
         It waits for a running vCPU to leave the guest. Views fetch registers anew afterwards.
         """
+        if number & 0xffffffff == KVM_RUN:
+            raise ValueError("KVM_RUN is run()'s: what it returned would be lost")
         self._check()
         try:
             return generic_ioctl(self.page.handle, number, argument)
@@ -516,8 +520,12 @@ cdef class Vcpu:
 
 def kick_page(Page page):
     """Vcpu.kick() on what it works on."""
+    cdef int error
     page.check()
-    kvmexit_kick(&page.c)
+    error = kvmexit_kick(&page.c)
+    if error:
+        raise KvmError(error, "tgkill", "the user's signal queue is full (RLIMIT_SIGPENDING): the kick is noted, and the "
+                       "next kick() delivers it")
 
 
 cdef uint64_t _nanoseconds(timeout) except? 0:

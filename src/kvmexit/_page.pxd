@@ -47,6 +47,7 @@ cdef class Page:
     cdef int syncable                        # classes it could copy (KVM_CAP_SYNC_REGS)
     cdef int valid                           # classes whose copy in the page is current
     cdef int written                         # classes with values kept aside
+    cdef int flushed                         # of these, the ones in the page for KVM to take
     cdef uint8_t value[REGISTER_BYTES]
     cdef uint8_t mask[REGISTER_BYTES]
 
@@ -54,6 +55,7 @@ cdef class Page:
     cdef int check_mine(self) except -1
     cdef int load(self, int which) except -1
     cdef int flush(self) except -1
+    cdef void entered(self) noexcept
     cdef void close(self) noexcept
 
 

@@ -6,7 +6,7 @@ mapping outlives `close()`: a kick may be storing to it at that moment (it goes 
 
 cimport cython
 from libc.errno cimport errno
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport getpid
 
@@ -46,6 +46,10 @@ cdef void forget(Page page, RegisterClass *k) noexcept:
     page.written &= ~k.bit
 
 
+cdef object busy():
+    return VcpuBusyError("registers of a running vCPU: another thread is inside run(); kick() it and wait, or use a handler")
+
+
 @cython.no_gc  # it refers to nothing that refers back; and cleared by the collector it could not close what it holds
 cdef class Page:
     """One vCPU's shared page and descriptor. Internal."""
@@ -62,6 +66,7 @@ cdef class Page:
     cdef void close(self) noexcept:
         if self.borrowed and self.handle.forks == forks():
             self.c.run.kvm_valid_regs = self.borrowed_valid_regs
+            self.c.run.immediate_exit = self.c.run.request_interrupt_window = 0
         self.borrowed = False
         if self.handle is not None:
             self.handle.close()
@@ -80,21 +85,26 @@ cdef class Page:
         """Raise where registers may not be touched: in a forked child, or while another thread runs the vCPU."""
         self.check()
         if self.owner and self.owner != PyThread_get_thread_ident():
-            raise VcpuBusyError(
-                "registers of a running vCPU: another thread is inside run(); kick() it and wait, or use a handler")
+            raise busy()
+        if self.handle.closed:
+            raise Error("this vCPU's VM is closed")
         return 0
 
     cdef int load(self, int which) except -1:
         """Make the page's copy of these register classes current."""
         cdef RegisterClass *k
         cdef int i
+        cdef uint64_t entries = self.c.entries
+        cdef kvm_sregs fetched  # the largest of them
         for i in range(3):
             k = &_classes[i]
             if k.bit & which & ~self.valid:
-                if self.c.run.kvm_dirty_regs & <uint64_t>k.bit:
-                    continue  # the page has what KVM is still to get
                 if self.c.fd >= 0:
-                    self.handle.call(_GET_NAMES[k.bit], k.get, <char *>&self.c.run.s.regs + k.offset)
+                    self.handle.call(_GET_NAMES[k.bit], k.get, &fetched)
+                    # The GIL was released: had another thread run the vCPU meanwhile, these would be old registers.
+                    if self.c.entries != entries or self.owner and self.owner != PyThread_get_thread_ident():
+                        raise busy()
+                    memcpy(<char *>&self.c.run.s.regs + k.offset, &fetched, k.size)
                 self.valid |= k.bit
         return 0
 
@@ -114,9 +124,13 @@ cdef class Page:
             for j in range(k.size):
                 if self.mask[k.offset + j]:
                     copy[j] = self.value[k.offset + j]
+            if k.bit == SREGS and self.mask[k.offset + (<char *>&_layout.sregs.cr8 - <char *>&_layout.sregs)]:
+                self.c.run.cr8 = self.c.run.s.regs.sregs.cr8  # which KVM takes after all other registers
             if self.synced & k.bit:
                 self.c.run.kvm_dirty_regs |= <uint64_t>k.bit
-            elif self.c.fd >= 0:
+                self.flushed |= k.bit
+                continue
+            if self.c.fd >= 0:
                 try:
                     self.handle.call(_SET_NAMES[k.bit], k.set, copy)
                 except KvmError:
@@ -125,6 +139,23 @@ cdef class Page:
                     raise
             forget(self, k)
         return 0
+
+    cdef void entered(self) noexcept:
+        """KVM_RUN was entered: only what KVM copied on return is current, and what it took of the values kept aside is its own.
+
+        It takes none where it returned before it looked (an application processor not started yet).
+        """
+        cdef RegisterClass *k
+        cdef int i
+        self.valid = self.synced
+        if not self.flushed:
+            return
+        for i in range(3):
+            k = &_classes[i]
+            if self.flushed & k.bit and not self.c.run.kvm_dirty_regs & <uint64_t>k.bit:
+                forget(self, k)
+        self.c.run.kvm_dirty_regs = 0
+        self.flushed = 0
 
 
 cdef Page map_vcpu(int fd, size_t run_size):

@@ -43,11 +43,19 @@ cdef class RegisterView:
         return f"{type(self).__name__}({', '.join(fields)})"
 
 
+cdef RegisterView _checked(instance, owner):
+    """The view, which must be of the descriptor's own class: offsets are relative to it."""
+    if type(instance) is not owner:
+        raise TypeError(f"a register of {owner.__name__}, not of {type(instance).__name__}")
+    return <RegisterView>instance
+
+
 @cython.final
 cdef class Register:
     """A register: `size` bytes at `offset` in its view."""
 
     cdef size_t offset, size
+    cdef object owner
 
     def __get__(self, instance, owner):
         cdef RegisterView view
@@ -56,7 +64,7 @@ cdef class Register:
         cdef size_t i, at
         if instance is None:
             return self
-        view = <RegisterView?>instance
+        view = _checked(instance, self.owner)
         page = view.page
         at = view.start + self.offset
         page.check_mine()
@@ -66,7 +74,7 @@ cdef class Register:
         return int.from_bytes(value[:self.size], "little")
 
     def __set__(self, instance, value):
-        cdef RegisterView view = <RegisterView?>instance
+        cdef RegisterView view = _checked(instance, self.owner)
         cdef Page page = view.page
         cdef bytes data
         page.check_mine()
@@ -85,11 +93,12 @@ cdef class Part:
 
     cdef size_t offset
     cdef type view
+    cdef object owner
 
     def __get__(self, instance, owner):
         if instance is None:
             return self
-        cdef RegisterView outer = <RegisterView?>instance
+        cdef RegisterView outer = _checked(instance, self.owner)
         return view(self.view, outer.page, outer.which, outer.start + self.offset)
 
     def __set__(self, instance, value):
@@ -275,3 +284,11 @@ cdef class Events(RegisterView):
     triple_fault_pending = _event(&_layout.events.triple_fault.pending)
     exception_has_payload = _event(&_layout.events.exception_has_payload)
     exception_payload = _event(&_layout.events.exception_payload, 8)
+
+
+for _class in (Regs, Segment, DescriptorTable, Sregs, ExceptionEvent, InterruptEvent, NmiEvent, SmiEvent, Events):
+    for _member in vars(_class).values():
+        if isinstance(_member, Register):
+            (<Register>_member).owner = _class
+        elif isinstance(_member, Part):
+            (<Part>_member).owner = _class

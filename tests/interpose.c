@@ -1,4 +1,4 @@
-/* Preloaded in front of libc's ioctl: lets something happen just before the real KVM_RUN, where races are lost or won. */
+/* Preloaded in front of libc's ioctl: lets something happen just before the real call, where races are lost or won. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
@@ -8,12 +8,19 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NOTHING, KICK, SLEEP, INTERRUPT };
+enum { NOTHING, ASK, SLEEP, INTERRUPT };
 
 static volatile int action, ask = -1, acknowledged = -1;
 static volatile long performed;
+static volatile unsigned long before = 0xae80; /* KVM_RUN */
 
-/* The next KVM_RUN is preceded by this; one only. */
+/* Which system call is preceded, if not KVM_RUN. */
+void interpose_before(unsigned long request)
+{
+    before = request;
+}
+
+/* The next such call is preceded by this; one only. */
 void interpose(int what, int ask_fd, int acknowledged_fd)
 {
     ask = ask_fd;
@@ -31,7 +38,7 @@ static void perform(int what)
     uint64_t one = 1;
     struct timespec left = {0, 30 * 1000 * 1000};
     switch (what) {
-    case KICK: /* another thread kicks, to the end, while we stand here */
+    case ASK: /* another thread does something, to the end, while we stand here */
         while (write(ask, &one, sizeof one) < 0 && errno == EINTR) {}
         while (read(acknowledged, &one, sizeof one) < 0 && errno == EINTR) {}
         break;
@@ -53,7 +60,7 @@ int ioctl(int fd, unsigned long request, ...)
     va_start(arguments, request);
     void *argument = va_arg(arguments, void *);
     va_end(arguments);
-    if (request == 0xae80)
+    if (request == before)
         perform(__atomic_exchange_n(&action, NOTHING, __ATOMIC_SEQ_CST));
     return (int)syscall(SYS_ioctl, fd, request, argument);
 }

@@ -208,19 +208,22 @@ import ctypes, os, sys, threading
 import kvmexit
 from guests import load, SPIN
 
-NOTHING, KICK, SLEEP, INTERRUPT = range(4)
+NOTHING, ASK, SLEEP, INTERRUPT = range(4)
 lib = ctypes.CDLL(os.environ["LD_PRELOAD"])
 vm = kvmexit.VM()
 vcpu = load(vm, SPIN)
 ask, acknowledged = os.eventfd(0), os.eventfd(0)
 
-def kicker():
+def asked():
+    vcpu.kick()
+
+def answering():
     while True:
         os.eventfd_read(ask)
-        vcpu.kick()
+        asked()
         os.eventfd_write(acknowledged, 1)
 
-threading.Thread(target=kicker, daemon=True).start()
+threading.Thread(target=answering, daemon=True).start()
 """
 
 
@@ -234,11 +237,61 @@ def test_a_kick_just_before_kvm_run_is_not_lost(interposer):
     """The whole of kick() happens between the last look at the request and the system call."""
     interposed(interposer, """
 for _ in range(200):
-    lib.interpose(KICK, ask, acknowledged)
+    lib.interpose(ASK, ask, acknowledged)
     assert vcpu.run(timeout=20).cause == "kick"
 assert lib.interposed() == 200 and vcpu.run(timeout=0.01).cause == "timeout"
 print("done")
 """)
+
+
+def test_registers_fetched_while_another_thread_ran_the_vcpu_are_refused(interposer):
+    """The vCPU runs between the check and the system call: what the call brings is old, and is not taken for current."""
+    interposed(interposer, """
+vcpu.sync = 0
+def asked():
+    vcpu.run(timeout=0.001)
+lib.interpose_before(ctypes.c_ulong(0x8090AE81))  # KVM_GET_REGS
+lib.interpose(ASK, ask, acknowledged)
+vcpu.ioctl(0x8004AE98, bytearray(4))  # any: views fetch anew
+try:
+    vcpu.regs.rip
+except kvmexit.VcpuBusyError:
+    assert vcpu.regs.rip == 0x1000
+    print("done")
+""")
+
+
+def test_a_kick_that_cannot_be_signalled_says_so_and_stays(kvm):
+    """The user's signal queue is full: an error instead of silence, and the next kick delivers it."""
+    done = python("""
+import resource, threading
+import kvmexit
+from guests import load, SPIN
+vm = kvmexit.VM()
+vcpu = load(vm, SPIN)
+results = []
+thread = threading.Thread(target=lambda: results.append(vcpu.run().cause), daemon=True)
+thread.start()
+while not vcpu.running:
+    pass
+soft, hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, hard))
+refused = None
+for _ in range(1000):
+    try:
+        vcpu.kick()
+    except kvmexit.KvmError as error:
+        refused = error
+        break
+    if results:
+        break
+resource.setrlimit(resource.RLIMIT_SIGPENDING, (soft, hard))
+while not results:
+    vcpu.kick()
+    thread.join(0.01)
+print(refused is None or (refused.call, refused.errno) == ("tgkill", 11), results)
+""", timeout=60)
+    assert done.stdout == "True ['kick']\n", done
 
 
 def test_a_timeout_just_before_kvm_run_is_not_lost(interposer):

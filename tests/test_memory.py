@@ -149,6 +149,27 @@ def test_a_closed_guest_memfd_is_a_memory_fault(vm):
     assert vcpu.run(timeout=10).data == b"\x07"
 
 
+def test_the_place_of_a_closed_guest_memfd_stays_taken(vm):
+    """KVM uses the host address for emulated accesses, so nobody else's memory may come to lie there before the slot goes."""
+    needs_gmem(vm)
+    slot = vm.memory.add(0x200000, 16 * PAGE, guest_memfd=True, gmem_flags=MMAP_SHARED)
+    hva = slot.hva
+    slot.close_guest_memfd()
+    assert permissions(hva) == "---p"
+    vm.memory.remove(slot)
+    assert permissions(hva) != "---p"
+
+
+def permissions(address):
+    """What /proc/self/maps says of an address, or None."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            first, last = (int(part, 16) for part in line.split()[0].split("-"))
+            if first <= address < last:
+                return line.split()[1]
+    return None
+
+
 def test_closing_a_guest_memfd_under_a_view_is_refused(vm):
     """A mapping keeps the file alive, so the caller is told instead of fooled."""
     needs_gmem(vm)
@@ -274,7 +295,7 @@ def test_removing_what_is_not_there_is_refused(scripted):
     """By address or by slot, once."""
     slot = scripted.memory.add(0, PAGE)
     scripted.memory.remove(0xFFF)
-    for gone in (slot, 0):
+    for gone in (slot, 0, -1, 1 << 64):
         with pytest.raises(ValueError, match="no such slot"):
             scripted.memory.remove(gone)
     with pytest.raises(kvmexit.Error, match="no memory any more"):

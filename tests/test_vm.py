@@ -154,6 +154,35 @@ def test_a_written_register_survives_complete_and_an_ioctl(vm):
     assert vcpu.run(timeout=10).data == b"\x35"
 
 
+def test_registers_of_a_processor_not_started_yet_are_kept(kvm):
+    """With an in-kernel interrupt controller vCPU 1 waits for its start-up, and KVM takes no registers meanwhile."""
+    with kvmexit.VM() as vm:
+        vm.create_irqchip()
+        vm.create_vcpu(0)
+        waiting = vm.create_vcpu(1)
+        waiting.regs.rbx = 0x55
+        assert waiting.run(timeout=0.01).cause == "timeout"
+        assert waiting.regs.rbx == 0x55
+
+
+def test_cr8_can_be_written_through_sregs(vm):
+    """KVM takes kvm_run.cr8 after all other registers."""
+    vcpu = load(vm, bytes.fromhex("44 0f 20 c0  e6 80"), cpl=0)  # mov rax, cr8; out 0x80, al
+    vcpu.sregs.cr8 = 5
+    assert vcpu.run(timeout=10).data == b"\x05"
+
+
+def test_descriptors_serve_their_own_class_only(scripted):
+    """A field of one exit is not written into another's payload, a register not into another's view."""
+    vcpu = scripted.create_vcpu(0, [kvmexit.testing.pio_in(0x80)])
+    io = vcpu.run()
+    for use in (lambda: vars(kvmexit.Dcr)["data"].__set__(io, 1), lambda: vars(kvmexit.Dcr)["data"].__get__(io, None),
+                lambda: vars(kvmexit.Sregs)["interrupt_bitmap"].__set__(vcpu.events, 1),
+                lambda: vars(kvmexit.Sregs)["cs"].__get__(vcpu.events, None)):
+        with pytest.raises(TypeError, match="not of"):
+            use()
+
+
 def test_registers_of_a_running_vcpu_are_refused(vm):
     """From another thread, while it runs; the guest is none the worse."""
     vcpu = load(vm, SPIN)
@@ -339,6 +368,8 @@ def test_a_raw_ioctl_checks_its_buffer(vm):
         vm.ioctl(0x8018AE01, bytes(24))
     with pytest.raises(KvmError):
         vm.ioctl(0xAEFF)
+    with pytest.raises(ValueError, match="KVM_RUN is run"):
+        load(vm, SPIN).ioctl(0xAE80)
 
 
 # ---- refusals ----
@@ -433,7 +464,7 @@ def test_a_closed_vm_refuses_everything(vm):
     vm.close()
     vm.close()
     assert vm.closed
-    for use in (vcpu.run, vcpu.complete, vm.create_vcpu, lambda: vm.memory.add(0, PAGE), lambda: vm.check(1), lambda: vm.fd,
+    for use in (vcpu.run, vcpu.complete, lambda: vcpu.regs.rip, lambda: setattr(vcpu.regs, "rax", 1), vm.create_vcpu, lambda: vm.memory.add(0, PAGE), lambda: vm.check(1), lambda: vm.fd,
                 lambda: vcpu.fd, lambda: vm.on_pio(1, 1, print), lambda: vm.memory.read(0, 1), vcpu.nmi):
         with pytest.raises(kvmexit.Error, match="closed"):
             use()
@@ -457,6 +488,75 @@ def test_closing_a_running_vm_waits_for_its_vcpus(vm):
     assert not vcpu.running
     thread.join(10)
     assert results == ["kick"]
+
+
+def test_vcpus_may_be_created_while_the_vm_is_closed(kvm):
+    """One or the other comes first; neither stumbles."""
+    for _ in range(100):
+        vm = kvmexit.VM()
+        begun = threading.Event()
+        errors = []
+
+        def creator(vm=vm, begun=begun, errors=errors):
+            begun.set()
+            try:
+                for id in range(20):
+                    vm.create_vcpu(id)
+            except kvmexit.Error:
+                pass
+            except BaseException as error:
+                errors.append(error)
+
+        thread = in_thread(creator)
+        begun.wait(10)
+        vm.close()
+        thread.join(10)
+        assert errors == []
+
+
+def test_a_child_forked_in_a_handler_leaves_the_parents_page_alone(vm):
+    """It returns from the handler into run(), which raises there; the parent goes on."""
+    vcpu = load(vm, OUT_FOREVER)
+    children = []
+
+    @vm.on_pio(0x80)
+    def forks(vcpu, io):
+        if children:
+            return kvmexit.STOP
+        children.append(os.fork())
+
+    try:
+        exit = vcpu.run(timeout=10)
+    except kvmexit.Error:
+        os._exit(7 if children == [0] else 8)
+    except BaseException:
+        os._exit(9)
+    if children == [0]:
+        os._exit(10)
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 7
+    assert exit.port == 0x80
+
+
+def test_internal_handles_close_nothing_they_do_not_own():
+    """Made wrongly, one must not take descriptor 0 with it."""
+    before = os.fstat(0)
+    with pytest.raises(TypeError):
+        kvmexit._ioctl.Handle()
+    gc.collect()
+    assert os.fstat(0) == before
+
+
+def test_what_a_handler_returns_is_not_closed(scripted):
+    """Only a coroutine is, which would be reported as never awaited otherwise."""
+    import socket
+
+    one, other = socket.socketpair()
+    with one, other:
+        scripted.on_pio(0x80, 1, lambda vcpu, io: one)
+        vcpu = scripted.create_vcpu(0, [kvmexit.testing.pio_in(0x80)])
+        with pytest.raises(TypeError):
+            vcpu.run()
+        assert one.fileno() >= 0
 
 
 def test_close_waits_for_an_ioctl_under_way(vm):
@@ -636,6 +736,12 @@ def test_an_adopted_vm_runs_and_is_left_as_it_was(kvm):
             added[0] = 0x44
             kvmexit.x86.long_mode(vcpu, CODE, cpl=3)
             assert vcpu.run(timeout=10).data == b"\x44"
+            assert vm.create_vcpu(9).id == 9
+            vcpu.complete()
+            vcpu.regs.rbx = 0x66
+            vcpu.kick()
+        assert page[1] == 0  # immediate_exit
+        assert page[296] & 1  # rbx is the owner's to run with
         assert struct.unpack("<Q", page[288:296]) == (4,)
         os.fstat(vm_fd), os.fstat(vcpu_fd)
         with kvmexit.VM.adopt(vm_fd, slots=[(0, 0, 1 << 20, hva)], free_slots=[5]) as again:
@@ -647,6 +753,8 @@ def test_what_is_no_vm_cannot_be_adopted(kvm):
     before = leaks()
     with open("/dev/null") as null, pytest.raises(KvmError, match="KVM_CHECK_EXTENSION"):
         kvmexit.VM.adopt(null.fileno())
+    with open("/dev/kvm") as kvm, pytest.raises(ValueError, match="the KVM device itself"):
+        kvmexit.VM.adopt(kvm.fileno())
     assert leaks() == before
 
 

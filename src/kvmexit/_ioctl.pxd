@@ -5,6 +5,7 @@ cdef int call_value(int fd, str name, unsigned long number, unsigned long argume
 
 cdef class Handle:
     cdef readonly int fd
+    cdef bint owns
     cdef readonly bint closed
     cdef unsigned forks
     cdef readonly str what

@@ -1,4 +1,6 @@
-from typing_extensions import Buffer, Self, disjoint_base
+from typing import Self
+
+from typing_extensions import Buffer, disjoint_base
 
 @disjoint_base
 class Handle:

@@ -51,6 +51,7 @@ cdef class Handle:
         self.fd = fd
         self.what = what
         self.forks = forks()
+        self.owns = fd >= 0
 
     def __dealloc__(self):
         self.close()
@@ -78,8 +79,9 @@ cdef class Handle:
     cdef void close(self) noexcept:
         """Only once `users` is 0."""
         self.closed = True
-        if self.fd >= 0:
+        if self.owns:  # not before __cinit__ came to its end: until then fd is 0
             close_fd(self.fd)
+            self.owns = False
             self.fd = -1
 
 

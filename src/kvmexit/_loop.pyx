@@ -231,7 +231,7 @@ cdef class Vcpu:
             self.end()
 
     def kick(self):
-        """Make the run() in progress, or else the next one, return Interrupted("kick"): once, however many kicks came before.
+        """Make the run() in progress, or else the next one, return Interrupted("kick"): once, however many kicks came.
 
         From any thread, and from signal handlers. A run() that has something else to return first, an exit that owes an
         answer, keeps it for the one after. Raises KvmError (EAGAIN) where the signal queue is full.

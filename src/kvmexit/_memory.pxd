@@ -13,8 +13,7 @@ cdef class Slot:
     cdef readonly bint readonly, log_dirty
     cdef int gmem_fd         # owned; -1: none
     cdef uint64_t gmem_offset
-    cdef object mapping      # the mmap.mmap that view_ is over, where the slot made one
-    cdef bint mapping_is_gmem
+    cdef object mapping      # the mmap.mmap or GmemMapping that view_ is over, where the slot made one
     cdef bint adopted        # somebody else's memslot
     cdef object view_        # memoryview of bytes; None once gone
 
@@ -36,4 +35,3 @@ cdef class Memory:
     cdef int set_region(self, Slot slot, uint64_t size) except -1
     cdef int change_slots(self, list added, list removed) except -1
     cdef int transfer(self, gpa, char *local, size_t n, bint to_guest) except -1
-    cdef void close(self) noexcept

@@ -13,14 +13,17 @@ import threading
 from operator import attrgetter, index
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport errno
 from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
-from posix.mman cimport MAP_NORESERVE
+from posix.mman cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, munmap,
+)
+from posix.mman cimport mmap as c_mmap
 from posix.unistd cimport close as close_descriptor, getpid
 
 from kvmexit._ioctl cimport Handle, forks
@@ -131,15 +134,54 @@ cdef class Slot:
         """
         if self.gmem_fd < 0:
             raise Error(f"{self!r} has no guest_memfd")
-        if self.mapping_is_gmem:
+        if isinstance(self.mapping, GmemMapping):
             self.view_ = None
             try:
-                self.mapping.close()
+                (<GmemMapping>self.mapping).vacate()
             except BufferError:
                 self.view_ = memoryview(self.mapping)
                 raise BufferError(f"views of {self!r} exist and keep its guest_memfd alive: release them first") from None
-            self.mapping = None
         self.close_fd()
+
+
+@cython.final
+cdef class GmemMapping:
+    """A guest_memfd's own mapping. Unlike `mmap.mmap` it keeps no descriptor, and can be given up with its place kept.
+
+    KVM goes on using a memslot's host address for emulated accesses, so the place must not become somebody else's memory for
+    as long as the memslot exists.
+    """
+
+    cdef void *address
+    cdef size_t size
+    cdef Py_ssize_t exports
+
+    def __cinit__(self, int fd, size_t size):
+        cdef void *address = c_mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        if address == MAP_FAILED:
+            raise KvmError(errno, "mmap of guest_memfd")
+        self.address = address
+        self.size = size
+
+    def __dealloc__(self):
+        if self.address != NULL:
+            munmap(self.address, self.size)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.address, self.size, False, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.exports -= 1
+
+    cdef int vacate(self) except -1:
+        """Put inaccessible memory in the place of the guest_memfd's, in one step. BufferError while views exist."""
+        if self.exports:
+            raise BufferError
+        cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
+        if c_mmap(self.address, self.size, PROT_NONE, flags, -1, 0) == MAP_FAILED:
+            raise KvmError(errno, "mmap")
+        return 0
 
 
 @cython.final
@@ -197,8 +239,7 @@ cdef class Memory:
             if guest_memfd:
                 slot.gmem_fd = self._create_guest_memfd(size, flags)
             if flags & GuestMemfdFlags.MMAP:
-                slot.mapping = mmap.mmap(slot.gmem_fd, size, flags=mmap.MAP_SHARED)
-                slot.mapping_is_gmem = True
+                slot.mapping = GmemMapping(slot.gmem_fd, size)
             elif fd is not None:
                 slot.mapping = _map_file(fd, offset, size, readonly)
             elif buffer is None:
@@ -212,16 +253,20 @@ cdef class Memory:
     def remove(self, slot):
         """Delete a memslot, also under a running vCPU. `slot`: the Slot, or an address in it.
 
-        Its memory is unmapped when the last view of it is gone, its guest_memfd closed now. Raises ValueError where there is
-        no such slot.
+        Its memory is unmapped when the last view of it is gone; its guest_memfd is closed now. Raises ValueError where
+        there is no such slot.
         """
         cdef Slot gone
         with self.lock:
             self.handle.check()
-            found = slot if isinstance(slot, Slot) else self.slot_at(index(slot))
+            if isinstance(slot, Slot):
+                found = slot
+            else:
+                found = self.slot_at(index(slot)) if 0 <= index(slot) <= UINT64_MAX else None
             if found not in self.slots:
                 raise ValueError(f"no such slot: {slot!r}; there are {list(self.slots)}")
             gone = found
+            self.handle.check()
             self.set_region(gone, 0)
             self.change_slots([], [gone])
             self.freed_numbers.append(gone.number)
@@ -289,6 +334,7 @@ cdef class Memory:
         return fd
 
     def _install(self, Slot slot):
+        self.handle.check()
         number = self.freed_numbers.pop() if self.freed_numbers else next(self.fresh_numbers, None)
         if number is None:
             raise KvmError(errnos.ENOSPC, "KVM_SET_USER_MEMORY_REGION2", f"all {len(self.slots)} memslots are in use")
@@ -334,10 +380,10 @@ cdef class Memory:
 
         Making it may run a finalizer that changes the set as well: then once more.
         """
-        cdef Span *spans
+        cdef Span *spans = NULL
         cdef Slot slot
         cdef Py_ssize_t i
-        cdef tuple before, after
+        cdef tuple before, after = ()
         while True:
             before = self.slots
             after = tuple(sorted([s for s in before if s not in removed] + added, key=_by_gpa))
@@ -374,21 +420,23 @@ cdef class Memory:
         cdef Slot slot
         if self.handle.fd < 0 or self.handle.forks != forks():
             return
-        for slot in self.slots:
-            if not slot.adopted:
+        with self.lock:
+            ours = [slot for slot in self.slots if not (<Slot>slot).adopted]
+            for slot in ours:
                 try:
                     self.set_region(slot, 0)
                 except KvmError:
                     pass  # that VM is dead already
-        self.change_slots([], [slot for slot in self.slots if not (<Slot>slot).adopted])
+            self.change_slots([], ours)
 
-    cdef void close(self) noexcept:
+    def close(self):
         """The VM is gone, and so are its memslots."""
         cdef Slot slot
-        for slot in self.slots:
-            slot.view_ = slot.mapping = None
-            slot.close_fd()
-        self.slots = ()
+        with self.lock:
+            for slot in self.slots:
+                slot.view_ = slot.mapping = None
+                slot.close_fd()
+            self.slots = ()
 
     cdef int transfer(self, gpa, char *local, size_t n, bint to_guest) except -1:
         cdef iovec ours, theirs

@@ -141,7 +141,7 @@ cdef class Page:
         return 0
 
     cdef void entered(self) noexcept:
-        """KVM_RUN was entered: only what KVM copied on return is current, and what it took of the values kept aside is its own.
+        """KVM_RUN was entered: only what KVM copied on return is current, and the values it took are its own.
 
         It takes none where it returned before it looked (an application processor not started yet).
         """

@@ -1,7 +1,5 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmexit._page cimport kvmexit_vcpu
-
 
 cdef struct Step:
     int error

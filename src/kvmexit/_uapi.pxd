@@ -1,6 +1,6 @@
 """KVM's ABI as Cython sees it: declarations over include/kvmexit/uapi.h, no code."""
 
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef extern from "include/kvmexit/uapi.h" nogil:
@@ -12,13 +12,11 @@ cdef extern from "include/kvmexit/uapi.h" nogil:
         KVM_RUN, KVM_GET_REGS, KVM_SET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_SET_SIGNAL_MASK, KVM_SET_CPUID2
         KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, KVM_INTERRUPT, KVM_NMI
         KVM_CAP_SET_TSS_ADDR, KVM_CAP_NR_MEMSLOTS, KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SYNC_REGS
-        KVM_CAP_READONLY_MEM, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_EXIT_HYPERCALL
-        KVM_CAP_USER_MEMORY2, KVM_CAP_MEMORY_FAULT_INFO, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_GUEST_MEMFD
-        KVM_CAP_VM_TYPES, KVM_CAP_GUEST_MEMFD_FLAGS
+        KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_EXIT_HYPERCALL
+        KVM_CAP_USER_MEMORY2
         KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM, KVM_X86_SEV_VM, KVM_X86_SEV_ES_VM, KVM_X86_SNP_VM, KVM_X86_TDX_VM
         KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_MEM_GUEST_MEMFD
         GUEST_MEMFD_FLAG_MMAP, GUEST_MEMFD_FLAG_INIT_SHARED
-        KVM_HC_MAP_GPA_RANGE
         KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_SYNC_X86_EVENTS
         KVM_EXIT_IO, KVM_EXIT_HYPERCALL, KVM_EXIT_MMIO, KVM_EXIT_INTR, KVM_EXIT_OSI, KVM_EXIT_PAPR_HCALL, KVM_EXIT_EPR
         KVM_EXIT_HYPERV, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_EXIT_X86_BUS_LOCK, KVM_EXIT_XEN
@@ -254,9 +252,8 @@ cdef extern from "include/kvmexit/uapi.h" nogil:
     struct kvm_run:
         uint8_t request_interrupt_window, immediate_exit
         uint32_t exit_reason
-        uint8_t ready_for_interrupt_injection, if_flag
         uint16_t flags
-        uint64_t cr8, apic_base
+        uint64_t cr8
         _run_hw hw
         _run_fail_entry fail_entry
         _run_ex ex
@@ -290,7 +287,6 @@ cdef extern from "include/kvmexit/uapi.h" nogil:
         _run_tdx tdx
         _run_arm_sea arm_sea
         kvm_exit_snp_req_certs snp_req_certs
-        char padding[256]
         uint64_t kvm_valid_regs, kvm_dirty_regs
         _run_s s
 

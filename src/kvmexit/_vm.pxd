@@ -1,6 +1,5 @@
 from kvmexit._ioctl cimport Handle
 from kvmexit._memory cimport Memory
-from kvmexit._page cimport Page
 from kvmexit._routes cimport RouteTable
 
 
@@ -13,6 +12,7 @@ cdef class VM:
     cdef readonly object type
     cdef object pages           # of its vCPUs, weakly
     cdef str device
-    cdef size_t run_size
+    cdef size_t run_size        # of a vCPU's mapping
+    cdef object cpuid           # struct kvm_cpuid2, what KVM supports; None where the device could not be asked
     cdef bint adopted
     cdef unsigned long serial, hypercalls

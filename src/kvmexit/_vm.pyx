@@ -108,8 +108,9 @@ cdef class VM:
         _check_platform()
         kvm = _open_device(device)
         try:
-            fd = call_value(kvm, "KVM_CREATE_VM", KVM_CREATE_VM, type)
             self.run_size = _run_size(kvm)
+            self.cpuid = _supported_cpuid(kvm)
+            fd = call_value(kvm, "KVM_CREATE_VM", KVM_CREATE_VM, type)
         finally:
             os.close(kvm)
         self._set_up(Handle(fd, "this VM"), type, device)
@@ -153,8 +154,10 @@ cdef class VM:
         _check_platform()
         vm = cls.__new__(cls)
         vm._set_up(Handle(os.dup(fd), "this VM"), VMType(type), device)
+        if vm.check(KVM_CAP_NR_MEMSLOTS) and _is_device(fd):
+            raise ValueError(f"fd {fd} is the KVM device itself, not a VM")
         vm.adopted = True
-        vm.run_size = 0
+        vm._ask_device()
         region2 = vm.check(KVM_CAP_USER_MEMORY2) > 0
         vm.memory = Memory(vm.handle, vm.type, region2, sorted(free_slots))
         for slot in slots:
@@ -162,6 +165,19 @@ cdef class VM:
         # The adopted VM outlives ours: dropped without close(), our slots have to go from it all the same.
         weakref.finalize(vm, vm.memory.withdraw)
         return vm
+
+    def _ask_device(self):
+        """What only the device tells. A process that can no longer open it does without: runs, but creates no vCPU."""
+        self.run_size = _DEFAULT_RUN_SIZE
+        try:
+            kvm = _open_device(self.device)
+        except KvmError:
+            return
+        try:
+            self.run_size = _run_size(kvm)
+            self.cpuid = _supported_cpuid(kvm)
+        finally:
+            os.close(kvm)
 
     # ---- lifetime ----
 
@@ -177,22 +193,32 @@ cdef class VM:
         mine = self.handle.forks == forks()
         if mine:
             me = PyThread_get_thread_ident()
-            if me in [(<Page>page).owner for page in self.pages]:
+            if me in [(<Page>page).owner for page in self._pages()]:
                 raise Error("close() from a handler of a running vCPU: return STOP, and close after run()")
             self.handle.closed = True  # from here on run() and everything else is refused
             # Every close() waits, also a second one: descriptors are not taken from under a vCPU or an ioctl.
-            while self.handle.users or any([(<Page>page).owner or (<Page>page).handle.users for page in self.pages]):
-                for page in list(self.pages):
+            while self.handle.users or any([(<Page>page).owner or (<Page>page).handle.users for page in self._pages()]):
+                for page in self._pages():
                     if (<Page>page).owner:
-                        kick_page(page)
+                        try:
+                            kick_page(page)
+                        except KvmError:
+                            pass  # the signal queue is full: again in a moment
                 time.sleep(0.001)  # with the GIL released; raises on Ctrl-C, and close() can be called again
-        for page in list(self.pages):
+        for page in self._pages():
+            if self.adopted and mine and not (<Page>page).c.completes:
+                (<Page>page).flush()  # what was written last is the vCPU's, whoever runs it next
             (<Page>page).close()
         if self.memory is not None:
             if self.adopted and mine:
                 self.memory.withdraw()
             self.memory.close()
         self.handle.close()
+
+    def _pages(self):
+        """The Pages of the vCPUs there are."""
+        with self.lock:
+            return list(self.pages)
 
     def __enter__(self):
         return self
@@ -250,13 +276,17 @@ cdef class VM:
         """-> a new Vcpu with the CPUID that the host's KVM supports. Raises KvmError where KVM refuses the id."""
         cdef int fd
         cdef Page page
+        cdef uint8_t[::1] cpuid
         from kvmexit._loop import Vcpu
         self.handle.check()
         if id < 0:
             raise ValueError(f"vCPU id {id} is negative")
         fd = self.handle.call_value("KVM_CREATE_VCPU", KVM_CREATE_VCPU, id)
         page = map_vcpu(fd, self.run_size)
-        self._set_cpuid(fd)
+        if self.cpuid is None:
+            raise KvmError(errnos.EACCES, f"open {self.device}", "the CPUID that KVM supports has to be asked of the device")
+        cpuid = self.cpuid
+        call(fd, "KVM_SET_CPUID2", KVM_SET_CPUID2, &cpuid[0])
         return self._make_vcpu(Vcpu, page, id)
 
     def adopt_vcpu(self, fd, id=0):
@@ -268,8 +298,6 @@ cdef class VM:
         cdef Page page
         from kvmexit._loop import Vcpu
         self.handle.check()
-        if not self.run_size:
-            self.run_size = _adopted_run_size(self.device)
         page = map_vcpu(os.dup(fd), self.run_size)
         page.handle.call("KVM_SET_SIGNAL_MASK", KVM_SET_SIGNAL_MASK, NULL)
         page.borrowed = True
@@ -280,28 +308,10 @@ cdef class VM:
         if page.c.fd >= 0:
             page.syncable = self.check(KVM_CAP_SYNC_REGS) & (REGS | SREGS | EVENTS)
         vcpu = cls._make(self, page, id)
-        self.pages.add(page)
+        with self.lock:
+            self.handle.check()
+            self.pages.add(page)
         return vcpu
-
-    def _set_cpuid(self, int fd):
-        """KVM_SET_CPUID2 with what KVM_GET_SUPPORTED_CPUID says."""
-        cdef uint8_t[::1] table
-        cdef size_t entries
-        kvm = _open_device(self.device)
-        try:
-            for entries in (128, 512, 4096):
-                table = bytearray(8 + 40 * entries)
-                (<uint32_t *>&table[0])[0] = entries
-                try:
-                    call(kvm, "KVM_GET_SUPPORTED_CPUID", KVM_GET_SUPPORTED_CPUID, &table[0])
-                except KvmError as error:
-                    if error.errno == errnos.E2BIG and entries < 4096:
-                        continue
-                    raise
-                call(fd, "KVM_SET_CPUID2", KVM_SET_CPUID2, &table[0])
-                return
-        finally:
-            os.close(kvm)
 
     def create_irqchip(self):
         """An in-kernel interrupt controller (KVM_CREATE_IRQCHIP); before the first vCPU."""
@@ -420,13 +430,26 @@ cdef size_t _run_size(int kvm) except 0:
     return call_value(kvm, "KVM_GET_VCPU_MMAP_SIZE", KVM_GET_VCPU_MMAP_SIZE, 0)
 
 
-cdef size_t _adopted_run_size(device) except 0:
-    """Only the device tells; a process that can no longer open it gets what x86 has always had."""
+cdef bytearray _supported_cpuid(int kvm):
+    """KVM_GET_SUPPORTED_CPUID: a struct kvm_cpuid2 ready for KVM_SET_CPUID2."""
+    cdef uint8_t[::1] table
+    cdef size_t entries
+    for entries in (128, 512, 4096):
+        data = bytearray(8 + 40 * entries)
+        table = data
+        (<uint32_t *>&table[0])[0] = entries
+        try:
+            call(kvm, "KVM_GET_SUPPORTED_CPUID", KVM_GET_SUPPORTED_CPUID, &table[0])
+        except KvmError as error:
+            if error.errno != errnos.E2BIG or entries == 4096:
+                raise
+        else:
+            return data
+
+
+def _is_device(int fd):
+    """Whether this is /dev/kvm: only that tells its API version."""
     try:
-        kvm = _open_device(device)
+        return call_value(fd, "KVM_GET_API_VERSION", KVM_GET_API_VERSION, 0) == KVM_API_VERSION
     except KvmError:
-        return _DEFAULT_RUN_SIZE
-    try:
-        return _run_size(kvm)
-    finally:
-        os.close(kvm)
+        return False

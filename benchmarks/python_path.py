@@ -55,20 +55,21 @@ def in_handler(vcpu, exit):
     return 1
 
 
+# The steps, the handler, and the one route that leads to it.
 SCRIPTS = {
-    "pio_out": ([testing.pio_out(0x3F8, b"A")], handler),
-    "mmio_write": ([testing.mmio_write(0x1000, b"A")], handler),
-    "memory_fault": ([testing.memory_fault(0x1000, rip=1), testing.memory_fault(0x2000, rip=2)], handler),
-    "pio_in": ([testing.pio_in(0x3FD)], in_handler),
+    "pio_out": ([testing.pio_out(0x3F8, b"A")], handler, lambda vm, f: vm.on_pio(0x3F8, 8, f)),
+    "mmio_write": ([testing.mmio_write(0x1000, b"A")], handler, lambda vm, f: vm.on_mmio(0x1000, 8, f)),
+    "memory_fault": (
+        [testing.memory_fault(0x1000, rip=1), testing.memory_fault(0x2000, rip=2)], handler,
+        lambda vm, f: vm.on_memory_fault(handler=f)),
+    "pio_in": ([testing.pio_in(0x3FD)], in_handler, lambda vm, f: vm.on_pio(0x3F8, 8, f)),
 }
 
 
-def make(steps, function):
+def make(steps, function, register):
     """-> a vCPU about to give out EXITS exits, with one handler for them all."""
     vm = testing.ScriptedVM()
-    vm.on_pio(0x3F8, 8, function)
-    vm.on_mmio(0x1000, 8, function)
-    vm.on_memory_fault(handler=function)
+    register(vm, function)
     return vm.create_vcpu(0, steps, repeat=EXITS // len(steps), keep=False)
 
 
@@ -81,7 +82,7 @@ def run(vcpu):
             raise
 
 
-def measure(control, steps, function):
+def measure(control, steps, function, register):
     """-> name -> samples, in ns an exit."""
     ways = {
         "c": lambda vcpu: control.c_loop(vcpu),
@@ -91,7 +92,7 @@ def measure(control, steps, function):
     samples = {name: [] for name in ways}
     for _ in range(SAMPLES):
         for name, way in ways.items():
-            vcpu = make(steps, function)
+            vcpu = make(steps, function, register)
             begun = time.perf_counter_ns()
             way(vcpu)
             samples[name].append((time.perf_counter_ns() - begun) / EXITS)
@@ -126,8 +127,8 @@ def main():
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     print(f"{'ns an exit':<14}{'C loop':>20}{'C loop calling Python':>26}{'kvmexit, Python handler':>28}"
           f"{'above C loop':>14}{'ratio to calling':>18}")
-    for name, (steps, function) in SCRIPTS.items():
-        samples = measure(control, steps, function)
+    for name, (steps, function, register) in SCRIPTS.items():
+        samples = measure(control, steps, function, register)
         s = {way: summary(values) for way, values in samples.items()}
         result["ns"][name] = s
         shown = ["{p50:.0f} p99 {p99:.0f} max {max:.0f}".format(**s[way]) for way in ("c", "c_calling", "kvmexit")]

@@ -17,8 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "kvmexit"
 # ---- the burst ----
 
 BURST = {
-    "_loop": ["triage", "burst", "interrupted", "fault_repeats"],
-    "_exits": ["classify", "is_well_formed_io"],
+    "_loop": ["triage", "burst", "interrupted", "fault_repeats", "classify", "is_well_formed_io", "completes_on_entry"],
     "_trace": ["enter_scripted"],
 }
 PYTHON = re.compile(r"\b(_?Py[A-Z_]\w*|__Pyx_\w+)\s*\(")

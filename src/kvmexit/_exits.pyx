@@ -19,11 +19,9 @@ from libc.string cimport memcpy
 
 from kvmexit._page cimport Page, kvmexit_vcpu
 from kvmexit._uapi cimport (
-    KVM_EXIT_HYPERCALL, KVM_EXIT_HYPERV, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNDBG,
-    KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
-    KVM_EXIT_SET_TPR, KVM_EXIT_SNP_REQ_CERTS, KVM_EXIT_TDX,
-    KVM_EXIT_X86_RDMSR, KVM_EXIT_XEN, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVMEXIT_REASON_SENTINEL, kvm_run,
+    KVM_EXIT_HYPERCALL, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNDBG, KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_INTR,
+    KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_run,
 )
 from kvmexit.errors import NotPendingError
 
@@ -905,44 +903,11 @@ cdef kvm_run *as_run(Exit e) noexcept:
     return <kvm_run *>(<uint8_t *>e.payload - UNION)
 
 
-cdef void classify(kvmexit_vcpu *c) noexcept nogil:
-    """Say what the exit in hand is: its place in the tables, and whether KVM waits for an answer."""
-    cdef kvm_run *run = c.run
-    c.needs = False
-    if c.reason == KVM_EXIT_IO:
-        # What contradicts itself cannot be answered, and completing it would hand the guest rubbish: it stays owing.
-        c.place = KVM_EXIT_IO if is_well_formed_io(c) else <uint32_t>UNKNOWN
-        c.needs = c.place == UNKNOWN or run.io.direction == KVM_EXIT_IO_IN
-    elif c.reason == KVM_EXIT_MMIO:
-        c.place = KVM_EXIT_MMIO if 1 <= run.mmio.len <= 8 and run.mmio.is_write <= 1 else <uint32_t>UNKNOWN
-        c.needs = c.place == UNKNOWN or not run.mmio.is_write
-    elif c.reason == KVMEXIT_REASON_SENTINEL:
-        c.place = UNEXPLAINED
-    elif c.reason >= KNOWN:
-        c.place = UNKNOWN
-    else:
-        c.place = c.reason
-        if c.reason == KVM_EXIT_HYPERV:
-            c.needs = run.hyperv.type == KVM_EXIT_HYPERV_HCALL or run.hyperv.type == KVM_EXIT_HYPERV_SYNDBG
-        else:
-            c.needs = c.reason in (
-                KVM_EXIT_HYPERCALL, KVM_EXIT_X86_RDMSR, KVM_EXIT_XEN, KVM_EXIT_TDX, KVM_EXIT_SNP_REQ_CERTS)
-
-
-cdef bint is_well_formed_io(kvmexit_vcpu *c) noexcept nogil:
-    """Whether the lengths and offsets of a port I/O exit can be used as they are."""
-    cdef kvm_run *run = c.run
-    cdef uint64_t n = <uint64_t>run.io.size * run.io.count
-    return (
-        run.io.direction <= KVM_EXIT_IO_OUT and run.io.size in (1, 2, 4) and run.io.count > 0
-        and run.io.data_offset >= sizeof(kvm_run) and run.io.data_offset <= c.run_size
-        and n <= c.run_size - run.io.data_offset)
-
-
 cdef enum:
     SHORT = 72  # bytes of the union that the frequent exits use; a constant, so that copying them is a few instructions
 
 
+@cython.nonecheck(False)
 cdef Exit make(list cache, Page page, bint *fresh):
     """The Exit for what the burst left in `page`. `cache` holds the last one of each place:
     an object that nobody else refers to is filled anew instead of allocated."""
@@ -981,6 +946,7 @@ cdef Exit make(list cache, Page page, bint *fresh):
     return e
 
 
+@cython.nonecheck(False)
 cdef int fill_io(Io e, kvmexit_vcpu *c) except -1:
     cdef kvm_run *run = as_run(e)
     cdef char *data

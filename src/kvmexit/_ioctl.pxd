@@ -1,4 +1,5 @@
 cdef unsigned forks() noexcept
+cdef const unsigned *forks_counter() noexcept
 cdef int call(int fd, str name, unsigned long number, void *argument) except -1
 cdef int call_value(int fd, str name, unsigned long number, unsigned long argument) except -1
 

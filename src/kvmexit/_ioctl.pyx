@@ -28,6 +28,10 @@ cdef unsigned forks() noexcept:
     return kvmexit_forks
 
 
+cdef const unsigned *forks_counter() noexcept:
+    return &kvmexit_forks
+
+
 cdef int call(int fd, str name, unsigned long number, void *argument) except -1:
     """ioctl with a pointer; the result, never negative."""
     cdef int result, error

@@ -258,6 +258,9 @@ cdef class Vcpu:
         self.page.owner = 0
         kvmexit_end(&self.page.c)
 
+    # The four below are the way of every exit. begin() has seen that nothing they use is None.
+
+    @cython.nonecheck(False)
     cdef Exit until_taken(self, bint drain):
         """Go round until an exit is for the caller. None: drained."""
         cdef kvmexit_vcpu *c = self.c
@@ -288,19 +291,22 @@ cdef class Vcpu:
                 return e
             e = None  # or the next exit of this class could not reuse it
 
+    @cython.nonecheck(False)
     cdef Outcome enter(self, bint drain) except? FAILED:
         """One burst, and the book-keeping around it."""
         cdef kvmexit_vcpu *c = self.c
         cdef Outcome outcome
         cdef uint32_t reason = c.reason
-        cdef uint64_t changes = self.vm.memory.changes
-        self.page.check()  # a handler may have forked: the child must not store to the parent's page
+        if c.forks[0] != c.born:
+            self.page.check()  # a handler has forked: the child must not store to the parent's page
         c.seq += 1  # with the GIL held: from here on no other thread can answer the previous exit
-        if c.fault_count and self.seen_changes != changes:
+        if c.fault_count and self.seen_changes != self.vm.memory.changes:
             c.fault_count = 0  # something was done about it
         with nogil:
             outcome = burst(c, drain)
-        self.page.entered()
+        self.page.valid = self.page.synced  # only what KVM copied on return is current
+        if self.page.flushed:
+            self.page.settle()
         if outcome == FAILED or outcome == NO_MEMORY or outcome == UNWRITTEN:
             if c.completes:
                 # The entry did not happen: what was pending still is, with its answer.
@@ -316,7 +322,7 @@ cdef class Vcpu:
                 c.run.request_interrupt_window = 0
         elif outcome == FAULT or outcome == LOOPING:
             c.unsettled = outcome == FAULT
-            self.seen_changes = changes  # as of before the entry: what others change meanwhile may be the repair
+            self.seen_changes = self.vm.memory.changes
         else:
             c.needs = False  # there is no exit
         return outcome
@@ -334,6 +340,7 @@ cdef class Vcpu:
             raise Error(f"KVM_RUN succeeded {MAX_RETRIES} times in a row without giving an exit reason")
         raise KvmError(c.error, "KVM_RUN")
 
+    @cython.nonecheck(False)
     cdef Exit current(self):
         """The exit in hand as an object: the same one as long as it is the same exit."""
         cdef bint fresh = False
@@ -354,6 +361,7 @@ cdef class Vcpu:
             return None
         return self.page.c.run.s.regs.regs.rip
 
+    @cython.nonecheck(False)
     cdef bint dispatch(self, Exit e) except -1:
         """Offer an exit to the handlers. True: one took it. It stays unsettled when one raises."""
         cdef kvmexit_vcpu *c = self.c

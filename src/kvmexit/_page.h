@@ -11,10 +11,25 @@ struct kvmexit_vcpu {
     /* the seam: what "KVM_RUN" is; returns 0 or -errno */
     int (*enter)(struct kvmexit_vcpu *);
     struct kvm_run *run;
+
+    /* the exit in hand */
+    uint64_t seq;    /* grows with every entry from Python: an Exit made under an older one can no longer be answered */
+    uint64_t entries;
+    uint32_t reason; /* kvm_run.exit_reason, read once */
+    uint32_t place;  /* the same as an index: the reason where it is known and makes sense, else as _exits.pxd says */
+    int error;       /* errno of KVM_RUN, or 0 */
+    int needs;       /* KVM waits for an answer */
+    int answered;    /* somebody wrote it */
+    int unsettled;   /* not dispatched to its end yet, or its handler raised: to be offered again */
+    int completes;   /* KVM finishes the operation only when re-entered */
+    uint32_t fault_count; /* of the fault-loop guard, below */
+
     size_t run_size; /* bytes mapped at run: the page, the PIO data and what follows */
     void *script;    /* of a scripted enter */
     int fd;          /* -1: not backed by a kernel vCPU */
     pid_t pid;       /* the process that made it, for tgkill */
+    const unsigned *forks; /* how often this process was forked into being, and ... */
+    unsigned born;         /* ... how often it had been when this was made: a child must not touch the shared page */
 
     /* written by other threads */
     uint32_t request; /* atomic */
@@ -25,21 +40,11 @@ struct kvmexit_vcpu {
     struct kvmexit_vcpu *outer;
     int main_thread, was_blocked;
 
-    /* the exit in hand */
-    uint64_t seq;    /* grows with every entry from Python: an Exit made under an older one can no longer be answered */
-    uint32_t reason; /* kvm_run.exit_reason, read once */
-    int error;       /* errno of KVM_RUN, or 0 */
-    uint32_t place;  /* the same as an index: the reason where it is known and makes sense, else as _exits.pxd says */
-    int needs;       /* KVM waits for an answer */
-    int answered;    /* somebody wrote it */
-    int unsettled;   /* not dispatched to its end yet, or its handler raised: to be offered again */
-    int completes;   /* KVM finishes the operation only when re-entered */
-
     /* what the burst took on itself, for the record */
-    uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem;
+    uint64_t retried_unwritten, retried_eintr, retried_eagain, retried_enomem;
 
-    /* the fault-loop guard: the previous fault, and how often it came in a row */
-    uint32_t fault_limit, fault_count;
+    /* the fault-loop guard: the previous fault, and how often it may come in a row */
+    uint32_t fault_limit;
     int regs_synced; /* KVM leaves the registers in the page; else they are asked for */
     uint64_t fault_payload[4];
 #if defined(__x86_64__)

@@ -13,6 +13,8 @@ cdef extern from "_page.h" nogil:
         void *script
         int fd
         pid_t pid
+        const unsigned *forks
+        unsigned born
         uint32_t request
         int32_t tid
         uint64_t deadline_ns
@@ -55,7 +57,7 @@ cdef class Page:
     cdef int check_mine(self) except -1
     cdef int load(self, int which) except -1
     cdef int flush(self) except -1
-    cdef void entered(self) noexcept
+    cdef void settle(self) noexcept
     cdef void close(self) noexcept
 
 

@@ -10,7 +10,7 @@ from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport getpid
 
-from kvmexit._ioctl cimport Handle, forks
+from kvmexit._ioctl cimport Handle, forks, forks_counter
 from kvmexit._uapi cimport (
     KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_VCPU_EVENTS, KVM_SET_REGS, KVM_SET_SREGS, KVM_SET_VCPU_EVENTS, kvm_regs,
     kvm_sregs, kvm_sync_regs, kvm_vcpu_events,
@@ -140,16 +140,11 @@ cdef class Page:
             forget(self, k)
         return 0
 
-    cdef void entered(self) noexcept:
-        """KVM_RUN was entered: only what KVM copied on return is current, and the values it took are its own.
-
-        It takes none where it returned before it looked (an application processor not started yet).
-        """
+    cdef void settle(self) noexcept:
+        """After an entry: the values in the page that KVM took are its own, the others are kept on. It takes none where it
+        returned before it looked (an application processor not started yet)."""
         cdef RegisterClass *k
         cdef int i
-        self.valid = self.synced
-        if not self.flushed:
-            return
         for i in range(3):
             k = &_classes[i]
             if self.flushed & k.bit and not self.c.run.kvm_dirty_regs & <uint64_t>k.bit:
@@ -164,6 +159,8 @@ cdef Page map_vcpu(int fd, size_t run_size):
     cdef void *run
     page.handle = Handle(fd, "this vCPU")
     page.c.fd = fd
+    page.c.forks = forks_counter()
+    page.c.born = page.handle.forks
     page.c.pid = getpid()
     run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
     if run == MAP_FAILED:
@@ -179,6 +176,8 @@ cdef Page anonymous(size_t run_size):
     cdef void *run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     page.handle = Handle(-1, "this vCPU")
     page.c.fd = -1
+    page.c.forks = forks_counter()
+    page.c.born = page.handle.forks
     if run == MAP_FAILED:
         raise KvmError(errno, "mmap")
     page.c.pid = getpid()

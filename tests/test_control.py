@@ -261,6 +261,25 @@ except kvmexit.VcpuBusyError:
 """)
 
 
+def test_close_waits_for_an_ioctl_under_way(interposer):
+    """The descriptor is not taken from under it, for somebody else's file to get its number, just before the system call."""
+    interposed(interposer, """
+fd, seen = vcpu.fd, []
+closer = threading.Thread(target=vm.close)
+def asked():
+    closer.start()
+    closer.join(0.3)  # a close() that does not wait is done by then
+    seen.append((closer.is_alive(), os.path.exists(f"/proc/self/fd/{fd}")))
+lib.interpose_before(ctypes.c_ulong(0x8090AE81))  # KVM_GET_REGS
+lib.interpose(ASK, ask, acknowledged)
+assert vcpu.ioctl(0x8090AE81, bytearray(144)) == 0
+closer.join()
+assert seen == [(True, True)], seen
+assert vm.closed and not os.path.exists(f"/proc/self/fd/{fd}")
+print("done")
+""")
+
+
 def test_a_kick_that_cannot_be_signalled_says_so_and_stays(kvm):
     """The user's signal queue is full: an error instead of silence, and the next kick delivers it."""
     done = python("""

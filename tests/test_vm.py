@@ -565,31 +565,6 @@ def test_what_a_handler_returns_is_not_closed(scripted):
         assert one.fileno() >= 0
 
 
-def test_close_waits_for_an_ioctl_under_way(vm):
-    """KVM makes it wait for the running vCPU; its descriptor is not taken from under it."""
-    vcpu = load(vm, SPIN)
-    results = []
-    runner = in_thread(vcpu.run)
-    while not vcpu.running:
-        pass
-    caller = in_thread(lambda: results.append(vcpu.ioctl(0x8090AE81, bytearray(144))))  # KVM_GET_REGS
-    while not results and not blocked_in_ioctl(caller):
-        pass
-    vm.close()
-    runner.join(10)
-    caller.join(10)
-    assert results == [0]
-
-
-def blocked_in_ioctl(thread):
-    """Whether the kernel has a thread in ioctl (system call 16)."""
-    try:
-        with open(f"/proc/self/task/{thread.native_id}/syscall") as syscall:
-            return syscall.read().startswith("16 ")
-    except OSError:
-        return False  # it has ended
-
-
 def test_close_from_a_handler_is_refused(vm):
     """The vCPU under it is still running."""
     vcpu = load(vm, OUT_FOREVER)

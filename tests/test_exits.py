@@ -145,6 +145,8 @@ CASES = [
             ),
             "ret": 0,  # not the stale bytes that Linux 6.12 leaves there
             "flags": 0x1112131415161718,
+            "map_gpa_range": kvmexit.MapGpaRange(
+                0x8877665544332200, 0x8877665544332201000, False, 1 << 30, 0x8877665544332202 >> 5),
         },
         owes=True,
     ),

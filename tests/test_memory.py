@@ -357,7 +357,7 @@ def test_the_older_ioctl_serves_where_the_newer_is_missing(vm):
     old = kvmexit._memory.Memory(kvmexit._ioctl.Handle(os.dup(vm.fd), "a test"), vm.type, False, range(100, 110))
     old.add(0, 1 << 20)[CODE : CODE + len(READ_AND_OUT)] = READ_AND_OUT
     old.add(0x200000, PAGE)[0] = 0x33
-    vm.memory.adopt(90, 0, 1 << 20, old.slots[0].hva, None, 0)
+    vm.memory.adopt(90, 0, 1 << 20, old.slots[0].hva, None, 0, False)
     vcpu = vm.create_vcpu()
     kvmexit.x86.long_mode(vcpu, CODE, cpl=3)
     assert vcpu.run(timeout=10).data == b"\x33"

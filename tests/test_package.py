@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,8 @@ def public_objects():
         members = vars(thing) if inspect.isclass(thing) or inspect.ismodule(thing) else {}
         for member in members if inspect.isclass(thing) else getattr(thing, "__all__", []):
             value = getattr(thing, member)
-            if not member.startswith("_") and (callable(value) or isinstance(value, property)):
+            is_alias = isinstance(value, types.GenericAlias)  # has no place for one
+            if not member.startswith("_") and not is_alias and (callable(value) or isinstance(value, property)):
                 yield f"{name}.{member}", value
 
 

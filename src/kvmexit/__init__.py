@@ -1,6 +1,7 @@
 """KVM vCPUs at C speed: exits decoded and answered in native code, Python called for what is left."""
 
-from kvmexit import testing, x86
+from kvmexit import handlers, testing, x86
+from kvmexit._convert import KvmAttributes, SlotRebind
 from kvmexit._exits import (
     ApResetHold,
     ArmLdst64b,
@@ -27,6 +28,7 @@ from kvmexit._exits import (
     IoapicEoi,
     IrqWindowOpen,
     LoongarchIocsr,
+    MapGpaRange,
     MemoryFault,
     Mmio,
     Nmi,
@@ -54,12 +56,12 @@ from kvmexit._exits import (
     Xen,
 )
 from kvmexit._loop import KICK_SIGNAL, Vcpu
-from kvmexit._memory import GuestMemfdFlags, Memory, Slot
+from kvmexit._memory import GuestMemfdFlags, Memory, MemoryRange, Slot
 from kvmexit._registers import Events, Regs, Segment, Sregs
 from kvmexit._routes import Route
 from kvmexit._version import __version__
 from kvmexit._vm import VM, AdoptedSlot, VMType
-from kvmexit.errors import Error, FaultLoopError, KvmError, NotPendingError, VcpuBusyError
+from kvmexit.errors import ConversionError, Error, FaultLoopError, KvmError, NotPendingError, VcpuBusyError
 from kvmexit.handlers import PASS, STOP
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "ArmNisv",
     "ArmSea",
     "BusLock",
+    "ConversionError",
     "Dcr",
     "Debug",
     "DirtyRingFull",
@@ -96,10 +99,13 @@ __all__ = [
     "Io",
     "IoapicEoi",
     "IrqWindowOpen",
+    "KvmAttributes",
     "KvmError",
     "LoongarchIocsr",
+    "MapGpaRange",
     "Memory",
     "MemoryFault",
+    "MemoryRange",
     "Mmio",
     "Nmi",
     "NotPendingError",
@@ -120,6 +126,7 @@ __all__ = [
     "SetTpr",
     "Shutdown",
     "Slot",
+    "SlotRebind",
     "SnpReqCerts",
     "Sregs",
     "SystemEvent",
@@ -134,6 +141,7 @@ __all__ = [
     "Wrmsr",
     "Xen",
     "__version__",
+    "handlers",
     "testing",
     "x86",
 ]

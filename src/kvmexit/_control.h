@@ -21,6 +21,7 @@
 #define KVMEXIT_CONTROL_H
 
 #include <errno.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
 #include <string.h>
@@ -36,6 +37,7 @@
 #endif
 
 #define KVMEXIT_REQUEST_KICK 1u
+#define KVMEXIT_REQUEST_PAUSE 2u /* stays until the VM is resumed */
 #define KVMEXIT_TICK_NS 100000000ull /* how long a Ctrl-C can stay unnoticed on the main thread */
 #define KVMEXIT_NEVER UINT64_MAX
 
@@ -229,17 +231,49 @@ static int kvmexit_begin(struct kvmexit_vcpu *v, uint64_t timeout_ns, int main_t
 
 /* ---- any thread's side ---- */
 
-/* 0, or why the thread could not be told: EAGAIN where the signal queue is full. The request stays open then. */
-static inline int kvmexit_kick(struct kvmexit_vcpu *v)
+/*
+ * Ask for a kick or a pause. 0, or why the thread could not be told: EAGAIN where the signal queue is full. The request stays
+ * open then.
+ */
+static inline int kvmexit_ask(struct kvmexit_vcpu *v, uint32_t request)
 {
     int32_t tid;
-    __atomic_fetch_or(&v->request, KVMEXIT_REQUEST_KICK, __ATOMIC_SEQ_CST);
+    __atomic_fetch_or(&v->request, request, __ATOMIC_SEQ_CST);
     __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     tid = __atomic_load_n(&v->tid, __ATOMIC_SEQ_CST);
     /* The thread may have left run(), or ended, since: then the signal finds no current vCPU, or nobody (ESRCH). */
     if (tid && syscall(SYS_tgkill, v->pid, tid, kvmexit_signal) != 0 && errno != ESRCH)
         return errno;
     return 0;
+}
+
+/* The pause is over. */
+static inline void kvmexit_release(struct kvmexit_vcpu *v)
+{
+    __atomic_fetch_and(&v->request, ~KVMEXIT_REQUEST_PAUSE, __ATOMIC_SEQ_CST);
+    syscall(SYS_futex, &v->request, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+}
+
+static inline uint32_t kvmexit_requests(const struct kvmexit_vcpu *v)
+{
+    return __atomic_load_n(&v->request, __ATOMIC_SEQ_CST);
+}
+
+/*
+ * Wait, in run(), until `v->request` is no longer `seen`, until a signal, the deadline of `own` or a tick. A kick cannot come
+ * to nothing between the look at the word and the wait: the kernel compares the word once more.
+ */
+static inline void kvmexit_wait(struct kvmexit_vcpu *v, uint32_t seen, const struct kvmexit_vcpu *own)
+{
+    uint64_t now = kvmexit_now_ns(), ns = KVMEXIT_TICK_NS;
+    struct timespec t;
+    if (own->deadline_ns <= now)
+        ns = v == own ? 0 : ns; /* an outer vCPU's pause outlasts our deadline */
+    else if (own->deadline_ns - now < ns)
+        ns = own->deadline_ns - now;
+    t.tv_sec = 0;
+    t.tv_nsec = (long)ns;
+    syscall(SYS_futex, &v->request, FUTEX_WAIT_PRIVATE, seen, &t, NULL, 0);
 }
 
 /* ---- the burst's side ---- */

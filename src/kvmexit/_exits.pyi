@@ -60,6 +60,15 @@ class ExitReason(enum.IntEnum):
     ARM_LDST64B = 42
     SNP_REQ_CERTS = 43
 
+class MapGpaRange(NamedTuple):
+    gpa: int
+    size: int
+    private: bool
+    page_size: int | None
+    reserved: int
+    @property
+    def valid(self) -> bool: ...
+
 class DraftMemoryFault(NamedTuple):
     gpa: int
     size: int
@@ -131,6 +140,8 @@ class Hypercall(Exit):
     def ret(self, value: int) -> None: ...
     @property
     def flags(self) -> int: ...
+    @property
+    def map_gpa_range(self) -> MapGpaRange | None: ...
 
 @final
 class MemoryFault(Exit):

@@ -21,7 +21,8 @@ from kvmexit._page cimport Page, kvmexit_vcpu
 from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNDBG, KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_INTR,
     KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_INTERNAL_ERROR_EMULATION,
-    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_run,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    KVM_HC_MAP_GPA_RANGE, kvm_run,
 )
 from kvmexit.errors import NotPendingError
 
@@ -91,6 +92,26 @@ class ExitReason(enum.IntEnum):
 
 
 _REASONS = tuple(ExitReason)
+
+
+class MapGpaRange(NamedTuple):
+    """What a guest asks by KVM_HC_MAP_GPA_RANGE. It is the guest's word: nothing of it is checked.
+
+    gpa; size (bytes, up to 2**76); private (bit 4 of the attributes: encrypted); page_size (bytes, the guest's preference,
+    or None for an unknown code in bits 3:0); reserved (bits 63:5, which must be 0).
+    Source: Documentation/virt/kvm/x86/hypercalls.rst.
+    """
+
+    gpa: int
+    size: int
+    private: bool
+    page_size: int | None
+    reserved: int
+
+    @property
+    def valid(self):
+        """Whether the range can be one: whole pages, not empty, within 64 bits, no reserved bit."""
+        return self.gpa % 4096 == 0 and 0 < self.size <= (1 << 64) - self.gpa and self.reserved == 0
 
 
 class DraftMemoryFault(NamedTuple):
@@ -392,6 +413,17 @@ cdef class Hypercall(Exit):
     args = u64(&_layout.hypercall.args[0], 6)
     ret = answer64(&_layout.hypercall.ret)
     flags = u64(&_layout.hypercall.flags)
+
+    @property
+    def map_gpa_range(self):
+        """The arguments of KVM_HC_MAP_GPA_RANGE: -> MapGpaRange; None for another hypercall."""
+        cdef kvm_run *run = as_run(self)
+        cdef uint64_t attributes = run.hypercall.args[2]
+        if run.hypercall.nr != KVM_HC_MAP_GPA_RANGE:
+            return None
+        return MapGpaRange(
+            run.hypercall.args[0], int(run.hypercall.args[1]) << 12, bool(attributes & 1 << 4),
+            {0: 1 << 12, 1: 1 << 21, 2: 1 << 30}.get(attributes & 0xf), attributes >> 5)
 
 
 @cython.final

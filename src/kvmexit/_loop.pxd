@@ -17,6 +17,7 @@ cdef enum Outcome:
     # what only the burst says
     KICKED        # a kick was asked for, and is consumed
     TIMED_OUT     # the deadline has passed
+    PAUSED        # the VM is being paused
     LOOK          # nobody asked; Python may have signals to handle
     DRAINED       # the pending operation is complete, as asked
     LOOPING       # the same fault again and again
@@ -29,10 +30,13 @@ cdef class Vcpu:
     cdef readonly int id
     cdef list cache              # the last Exit of each place
     cdef unsigned long main_thread
-    cdef uint64_t seen_changes   # memory.changes at the last fault
+    cdef uint64_t generation     # of what may repair a fault (Converter), at the last entry
 
     cdef int begin(self, timeout) except -1
-    cdef void end(self) noexcept
+    cdef int end(self) except -1
+    cdef Outcome park(self) except? FAILED
+    cdef Exit interruption(self, Outcome outcome)
+    cdef bint lost_race(self) noexcept
     cdef Outcome enter(self, bint drain) except? FAILED
     cdef Exit current(self)
     cdef bint dispatch(self, Exit e) except -1

@@ -16,6 +16,7 @@ from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOMEM, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
+from kvmexit._convert cimport has_state, kvmexit_generation
 from kvmexit._exits cimport (
     PLACES, UNEXPLAINED, Exit, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make, make_interrupted,
 )
@@ -24,8 +25,9 @@ from kvmexit._registers cimport events_of, regs_of, sregs_of
 from kvmexit._routes cimport RouteTable
 from kvmexit._uapi cimport (
     KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_GET_REGS, KVM_INTERRUPT, KVM_NMI, KVM_RUN,
-    KVMEXIT_REASON_SENTINEL, kvm_interrupt, kvm_regs,
+    KVM_MEMORY_EXIT_FLAG_PRIVATE, KVMEXIT_REASON_SENTINEL, kvm_interrupt, kvm_regs,
 )
+from kvmexit._vcpus cimport stopped_one
 from kvmexit._vm cimport VM
 from kvmexit._ioctl import generic_ioctl
 from kvmexit._vm import VMType
@@ -47,13 +49,16 @@ cdef extern from "<signal.h>" nogil:
     const int SIGRTMIN
 
 cdef extern from "_control.h" nogil:
-    const uint32_t KVMEXIT_REQUEST_KICK
+    const uint32_t KVMEXIT_REQUEST_KICK, KVMEXIT_REQUEST_PAUSE
     const uint64_t KVMEXIT_NEVER
     int kvmexit_install(int)
     int kvmexit_begin(kvmexit_vcpu *, uint64_t, int)
     void kvmexit_end(kvmexit_vcpu *)
     int kvmexit_watch(kvmexit_vcpu *)
-    int kvmexit_kick(kvmexit_vcpu *)
+    int kvmexit_ask(kvmexit_vcpu *, uint32_t)
+    void kvmexit_release(kvmexit_vcpu *)
+    uint32_t kvmexit_requests(const kvmexit_vcpu *)
+    void kvmexit_wait(kvmexit_vcpu *, uint32_t, const kvmexit_vcpu *)
     void kvmexit_renew(kvmexit_vcpu *)
     void kvmexit_set_immediate_exit(kvmexit_vcpu *)
     uint32_t kvmexit_acknowledge(kvmexit_vcpu *)
@@ -144,6 +149,8 @@ cdef Outcome interrupted(kvmexit_vcpu *c, bint drain) noexcept nogil:
         return KICKED
     if c.deadline_ns != KVMEXIT_NEVER and kvmexit_now_ns() >= c.deadline_ns:
         return TIMED_OUT
+    if request & KVMEXIT_REQUEST_PAUSE:
+        return PAUSED
     kvmexit_watch(c)  # the timer may have been set for an earlier run()
     return LOOK if c.main_thread else AGAIN
 
@@ -212,9 +219,11 @@ cdef class Vcpu:
         Raises what a handler raises (the exit is then offered again by the next run()), KvmError where KVM fails,
         FaultLoopError after `fault_limit` identical faults, VcpuBusyError while it runs already.
         """
+        cdef Outcome outcome
         self.begin(timeout)
         try:
-            return self.until_taken(False)
+            outcome = self.park()  # a pause before us: nothing is entered, and no handler called
+            return self.until_taken(False) if outcome == AGAIN else self.interruption(outcome)
         finally:
             self.end()
 
@@ -254,9 +263,53 @@ cdef class Vcpu:
         self.page.owner = me
         return 0
 
-    cdef void end(self) noexcept:
+    cdef int end(self) except -1:
         self.page.owner = 0
         kvmexit_end(&self.page.c)
+        if kvmexit_requests(&self.page.c) & KVMEXIT_REQUEST_PAUSE:
+            stopped_one()
+        return 0
+
+    cdef Outcome park(self) except? FAILED:
+        """Stand still while the VM is paused. AGAIN: go on; or KICKED, TIMED_OUT.
+
+        A run() inside another vCPU's handler keeps that one standing, too, so it goes on only when none of them is paused,
+        and heeds its own kick and deadline only then.
+        """
+        cdef kvmexit_vcpu *own = self.c
+        cdef kvmexit_vcpu *v
+        cdef kvmexit_vcpu *paused
+        cdef uint32_t seen, requests
+        cdef bint parked = False
+        try:
+            while True:
+                seen = kvmexit_requests(own)
+                paused = own if seen & KVMEXIT_REQUEST_PAUSE else NULL
+                v = own.outer
+                while v != NULL:
+                    requests = kvmexit_requests(v)
+                    if requests & KVMEXIT_REQUEST_PAUSE:
+                        paused, seen = v, requests
+                    v = v.outer
+                if paused == NULL:
+                    return AGAIN
+                if paused == own and seen & KVMEXIT_REQUEST_KICK:
+                    kvmexit_consume_kick(own)
+                    return KICKED
+                if paused == own and kvmexit_now_ns() >= own.deadline_ns:
+                    return TIMED_OUT
+                if not parked:
+                    parked = True
+                    set_parked(own, True)
+                    stopped_one()
+                with nogil:
+                    kvmexit_wait(paused, seen, own)
+                PyErr_CheckSignals()
+        finally:
+            set_parked(own, False)
+
+    cdef Exit interruption(self, Outcome outcome):
+        return make_interrupted(self.page, "kick" if outcome == KICKED else "timeout")
 
     # The four below are the way of every exit. begin() has seen that nothing they use is None.
 
@@ -280,10 +333,12 @@ cdef class Vcpu:
                 if outcome == LOOK:
                     PyErr_CheckSignals()
                     continue
-                if outcome == KICKED:
-                    return make_interrupted(self.page, "kick")
-                if outcome == TIMED_OUT:
-                    return make_interrupted(self.page, "timeout")
+                if outcome == PAUSED:
+                    outcome = self.park()
+                    if outcome == AGAIN:
+                        continue
+                if outcome == KICKED or outcome == TIMED_OUT:
+                    return self.interruption(outcome)
                 if outcome != EXIT and outcome != FAULT:
                     self._fail(outcome)
             e = self.current()
@@ -297,11 +352,13 @@ cdef class Vcpu:
         cdef kvmexit_vcpu *c = self.c
         cdef Outcome outcome
         cdef uint32_t reason = c.reason
+        cdef uint64_t generation = kvmexit_generation(&self.vm.memory.converter.generation)
         if c.forks[0] != c.born:
             self.page.check()  # a handler has forked: the child must not store to the parent's page
         c.seq += 1  # with the GIL held: from here on no other thread can answer the previous exit
-        if c.fault_count and self.seen_changes != self.vm.memory.changes:
+        if c.fault_count and self.generation != generation:
             c.fault_count = 0  # something was done about it
+        self.generation = generation
         with nogil:
             outcome = burst(c, drain)
         self.page.valid = self.page.synced  # only what KVM copied on return is current
@@ -321,11 +378,24 @@ cdef class Vcpu:
             if c.reason == KVM_EXIT_IRQ_WINDOW_OPEN:
                 c.run.request_interrupt_window = 0
         elif outcome == FAULT or outcome == LOOPING:
+            if self.lost_race():
+                c.retried_race += 1
+                return LOOK
             c.unsettled = outcome == FAULT
-            self.seen_changes = self.vm.memory.changes
         else:
             c.needs = False  # there is no exit
         return outcome
+
+    cdef bint lost_race(self) noexcept:
+        """Whether a fault asks for what another vCPU has converted since this one entered: then there is nothing to do. The
+        same fault without a conversion meanwhile goes to the handlers: a slot without guest_memfd, say."""
+        cdef kvmexit_vcpu *c = self.c
+        cdef uint64_t first = c.run.memory_fault.gpa, size = c.run.memory_fault.size
+        return (
+            self.generation != kvmexit_generation(&self.vm.memory.converter.generation)
+            and c.reason == KVM_EXIT_MEMORY_FAULT and c.error == EFAULT and size != 0 and first + (size - 1) >= first
+            and has_state(self.vm.memory.converter, first, first + (size - 1),
+                          c.run.memory_fault.flags & KVM_MEMORY_EXIT_FLAG_PRIVATE != 0))
 
     def _fail(self, int outcome):
         """Raise for a KVM_RUN that failed. What was pending still is."""
@@ -517,23 +587,46 @@ cdef class Vcpu:
     @property
     def retries(self):
         """How often the loop re-entered by itself: {"unwritten": no exit reason given, "eintr": interrupted by nobody's
-        request, "eagain": ..., "enomem": ...}."""
+        request, "eagain": ..., "enomem": ..., "race": a fault
+        over a range that another vCPU had converted meanwhile}."""
         cdef kvmexit_vcpu *c = &self.page.c
         return {"unwritten": c.retried_unwritten, "eintr": c.retried_eintr, "eagain": c.retried_eagain,
-                "enomem": c.retried_enomem}
+                "enomem": c.retried_enomem, "race": c.retried_race}
 
     def __repr__(self):
         return f"<Vcpu {self.id} of {self.vm!r}{', running' if self.running else ''}>"
 
 
-def kick_page(Page page):
-    """Vcpu.kick() on what it works on."""
+cdef void set_parked(kvmexit_vcpu *v, bint parked) noexcept:
+    """Of a vCPU and those whose handlers it runs in."""
+    while v != NULL:
+        v.parked = parked
+        v = v.outer
+
+
+cdef int ask(Page page, uint32_t request) except -1:
     cdef int error
     page.check()
-    error = kvmexit_kick(&page.c)
+    error = kvmexit_ask(&page.c, request)
     if error:
-        raise KvmError(error, "tgkill", "the user's signal queue is full (RLIMIT_SIGPENDING): the kick is noted, and the "
+        raise KvmError(error, "tgkill", "the user's signal queue is full (RLIMIT_SIGPENDING): the request is noted, and the "
                        "next kick() delivers it")
+    return 0
+
+
+def kick_page(Page page):
+    """Vcpu.kick() on what it works on."""
+    ask(page, KVMEXIT_REQUEST_KICK)
+
+
+def ask_to_pause(Page page):
+    """Have the vCPU's thread park; see _vcpus.pyx."""
+    ask(page, KVMEXIT_REQUEST_PAUSE)
+
+
+def release_page(Page page):
+    """The pause is over."""
+    kvmexit_release(&page.c)
 
 
 cdef uint64_t _nanoseconds(timeout) except? 0:

@@ -1,6 +1,8 @@
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvmexit._convert cimport Conversions, Converter, Region, Result
 from kvmexit._ioctl cimport Handle
+from kvmexit._vcpus cimport Vcpus
 
 
 cdef struct Span:
@@ -9,10 +11,10 @@ cdef struct Span:
 
 cdef class Slot:
     cdef readonly uint64_t gpa, size, hva
-    cdef readonly uint32_t number
+    cdef uint32_t number_
     cdef readonly bint readonly, log_dirty
-    cdef int gmem_fd         # owned; -1: none
-    cdef uint64_t gmem_offset
+    cdef Region region       # what the converter knows of it; owns its gmem_fd
+    cdef Conversions conversions  # whose converter knows it, or None
     cdef object mapping      # the mmap.mmap or GmemMapping that view_ is over, where the slot made one
     cdef bint adopted        # somebody else's memslot
     cdef object view_        # memoryview of bytes; None once gone
@@ -27,10 +29,15 @@ cdef class Memory:
     cdef bint region2
     cdef readonly tuple slots  # by gpa
     cdef Span *spans           # of slots, for looking up without touching objects
-    cdef object fresh_numbers  # slot numbers never used so far
-    cdef list freed_numbers
-    cdef readonly uint64_t changes
+    cdef Conversions conversions
+    cdef Converter *converter  # of conversions
+    cdef bint rebinds          # the backend is SlotRebind
+    cdef Vcpus vcpus
 
+    cdef int convert_steps(self, uint64_t first, uint64_t size, bint private) except -1
+    cdef int look_around(self) except -1
+    cdef int _reserve_number(self) except -2
+    cdef int _release_number(self, uint32_t number) except -1
     cdef object slot_at(self, uint64_t gpa)
     cdef int set_region(self, Slot slot, uint64_t size) except -1
     cdef int change_slots(self, list added, list removed) except -1

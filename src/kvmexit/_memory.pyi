@@ -1,16 +1,23 @@
 import enum
 from collections.abc import Iterable
-from typing import Never, Self, final, overload
+from typing import NamedTuple, Never, Self, final, overload
 
 from typing_extensions import Buffer
 
+from kvmexit._convert import AttributesBackend
 from kvmexit._ioctl import Handle
+from kvmexit._vcpus import Vcpus
 from kvmexit._vm import VMType
 
 class GuestMemfdFlags(enum.IntFlag):
     NONE = 0
     MMAP = 1
     INIT_SHARED = 2
+
+class MemoryRange(NamedTuple):
+    gpa: int
+    size: int
+    private: bool
 
 @final
 class Slot:
@@ -50,7 +57,15 @@ class GmemMapping:
 
 @final
 class Memory:
-    def __init__(self, handle: Handle, vm_type: VMType, region2: bool, free_numbers: Iterable[int]) -> None: ...
+    def __init__(
+        self,
+        handle: Handle,
+        vm_type: VMType,
+        region2: bool,
+        numbers: Iterable[int],
+        backend: AttributesBackend | None = None,
+        vcpus: Vcpus | None = None,
+    ) -> None: ...
     @property
     def slots(self) -> tuple[Slot, ...]: ...
     @property
@@ -65,12 +80,18 @@ class Memory:
         buffer: Buffer | None = None,
         fd: int | None = None,
         offset: int = 0,
+        discard: bool | None = None,
         readonly: bool = False,
         log_dirty: bool = False,
     ) -> Slot: ...
     def remove(self, slot: Slot | int) -> None: ...
+    def convert(self, gpa: int, size: int, *, private: bool) -> None: ...
+    def is_private(self, gpa: int) -> bool | None: ...
+    def ranges(self) -> list[MemoryRange]: ...
     def read(self, gpa: int, n: int) -> bytes: ...
     def write(self, gpa: int, data: Buffer) -> None: ...
-    def adopt(self, number: int, gpa: int, size: int, hva: int, gmem_fd: int | None, gmem_offset: int) -> Slot: ...
+    def adopt(
+        self, number: int, gpa: int, size: int, hva: int, gmem_fd: int | None, gmem_offset: int, discard: bool
+    ) -> Slot: ...
     def withdraw(self) -> None: ...
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Guest-physical memory: memslots over host memory, and guest_memfds bound to them.
+"""Guest-physical memory: memslots over host memory, guest_memfds bound to them, and what of it is private.
 
 A `Slot` owns what it is made of through library objects: an `mmap.mmap` or the caller's buffer, seen through one memoryview.
 Every slice is a view derived from that one, so the mapping lives until its last view is gone, whatever happens to the slot.
@@ -11,10 +11,12 @@ import mmap
 import os
 import threading
 from operator import attrgetter, index
+from typing import NamedTuple
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport errno
 from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
@@ -26,13 +28,20 @@ from posix.mman cimport (
 from posix.mman cimport mmap as c_mmap
 from posix.unistd cimport close as close_descriptor, getpid
 
+from kvmexit._convert cimport (
+    BUSY, DONE, DONTNEED, NO_BACKEND, NO_PRIVATE_SIDE, NO_SLOT, NOTHING, PUNCH, REMOVE, SET_FAILED, STUCK, UNDECIDED,
+    UNDECIDED_DISCARD, AttributesBackend, Conversions, Converter, Piece, Region, Result, Run, SlotRebind, Step,
+    convert_chunk, examine, exclude, free_region, give_bits, insert, kvmexit_generation, kvmexit_next_generation, list_runs,
+    release_number, reserve_number, state_at, withdraw,
+)
 from kvmexit._ioctl cimport Handle, forks
 from kvmexit._uapi cimport (
     GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CREATE_GUEST_MEMFD, KVM_MEM_GUEST_MEMFD,
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2,
     kvm_create_guest_memfd, kvm_userspace_memory_region2,
 )
-from kvmexit.errors import Error, KvmError
+from kvmexit._vcpus cimport Vcpus
+from kvmexit.errors import ConversionError, Error, KvmError
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
@@ -55,6 +64,14 @@ class GuestMemfdFlags(enum.IntFlag):
     NONE = 0
     MMAP = GUEST_MEMFD_FLAG_MMAP
     INIT_SHARED = GUEST_MEMFD_FLAG_INIT_SHARED
+
+
+class MemoryRange(NamedTuple):
+    """A run of guest-physical pages in one state. gpa and size in bytes."""
+
+    gpa: int
+    size: int
+    private: bool
 
 
 _PAGE = mmap.PAGESIZE
@@ -82,27 +99,33 @@ cdef class Slot:
     Made by `vm.memory.add()`. It has the buffer protocol, and its slices are memoryviews: raw memory, zero copy, shared with
     a running guest, and a SIGBUS where the backing file was truncated. `vm.memory.read()` and `write()` are the checked way.
 
-    gpa, size (bytes), hva, number (KVM's slot number), readonly, log_dirty, guest_memfd (its descriptor, owned by the slot,
-    or None). Source: Documentation/virt/kvm/api.rst, KVM_SET_USER_MEMORY_REGION2.
+    gpa, size (bytes), hva, number (KVM's slot number; with SlotRebind that of its first part), readonly, log_dirty,
+    guest_memfd (the descriptor of what holds its private pages, owned by the slot, or None).
+    Source: Documentation/virt/kvm/api.rst, KVM_SET_USER_MEMORY_REGION2.
     """
 
     def __cinit__(self):
-        self.gmem_fd = -1
+        self.region.gmem_fd = -1
 
     def __init__(self):
         raise TypeError("use vm.memory.add()")
 
     def __dealloc__(self):
         self.close_fd()
+        free_region(&self.region)
 
     cdef void close_fd(self) noexcept:
-        if self.gmem_fd >= 0:
-            close_descriptor(self.gmem_fd)
-            self.gmem_fd = -1
+        if self.region.gmem_fd >= 0:
+            close_descriptor(self.region.gmem_fd)
+            self.region.gmem_fd = -1
+
+    @property
+    def number(self):
+        return self.region.pieces[0].number if self.region.piece_count else self.number_
 
     @property
     def guest_memfd(self):
-        return self.gmem_fd if self.gmem_fd >= 0 else None
+        return self.region.gmem_fd if self.region.gmem_fd >= 0 else None
 
     @property
     def view(self):
@@ -132,8 +155,13 @@ cdef class Slot:
 
         Raises Error where there is none, BufferError while views of its mapping exist (they keep the file alive).
         """
-        if self.gmem_fd < 0:
+        cdef int fd = -1
+        cdef Region *r = &self.region
+        cdef Converter *c
+        cdef Step step = BUSY
+        if r.gmem_fd < 0 or self.conversions is None:
             raise Error(f"{self!r} has no guest_memfd")
+        c = &self.conversions.c
         if isinstance(self.mapping, GmemMapping):
             self.view_ = None
             try:
@@ -141,7 +169,12 @@ cdef class Slot:
             except BufferError:
                 self.view_ = memoryview(self.mapping)
                 raise BufferError(f"views of {self!r} exist and keep its guest_memfd alive: release them first") from None
-        self.close_fd()
+        while step == BUSY:
+            with nogil:
+                step = exclude(c, r, &fd)
+            PyErr_CheckSignals()
+        if fd >= 0:
+            close_descriptor(fd)
 
 
 @cython.final
@@ -188,30 +221,41 @@ cdef class GmemMapping:
 cdef class Memory:
     """The guest-physical memory of one VM: `vm.memory`.
 
-    slots: the memslots, by address. changes: how often they changed.
+    slots: the memslots, by address.
     """
 
-    def __init__(self, Handle handle, vm_type, bint region2, numbers):
+    def __init__(self, Handle handle, vm_type, bint region2, numbers, AttributesBackend backend=None, Vcpus vcpus=None):
         self.handle = handle
         self.vm_type = vm_type
         self.region2 = region2
-        self.fresh_numbers = iter(numbers)
-        self.freed_numbers = []
         self.lock = threading.RLock()  # re-entrant: a finalizer that runs meanwhile may add or remove, too
         self.slots = ()
+        self.vcpus = vcpus
+        self.rebinds = isinstance(backend, SlotRebind)
+        self.conversions = Conversions(handle, backend, [index(number) for number in numbers])
+        self.converter = &self.conversions.c
 
     def __dealloc__(self):
         free(self.spans)
 
-    def add(self, gpa, size, *, guest_memfd=False, gmem_flags=0, buffer=None, fd=None, offset=0, readonly=False,
-            log_dirty=False):
-        """Put `size` bytes of host memory at guest-physical `gpa`; -> Slot.
+    @property
+    def changes(self):
+        """How often memslots or attributes changed."""
+        return kvmexit_generation(&self.conversions.c.generation)
+
+    def add(self, gpa, size, *, guest_memfd=False, gmem_flags=0, buffer=None, fd=None, offset=0, discard=None,
+            readonly=False, log_dirty=False):
+        """Put `size` bytes of host memory at guest-physical `gpa`, shared at first; -> Slot.
 
         The host memory is anonymous; or, with `fd`, that file from `offset` on, mapped shared; or `buffer` from `offset` on
         (any object with the buffer protocol, page-aligned, kept for as long as the slot lives). With `guest_memfd` a
         guest_memfd of this size is made and bound too, for private pages; with GuestMemfdFlags.MMAP in `gmem_flags` the
         slot's memory is that guest_memfd's own mapping. `readonly`: the guest's writes are Mmio exits. `log_dirty`:
         KVM_MEM_LOG_DIRTY_PAGES.
+
+        `discard`: whether a conversion gives the pages that go out of use back to the host, their data with them. True
+        for memory made here. For `buffer` and `fd` it has to be said, or their pages cannot become private: True makes a
+        hole in the file, or drops the buffer's pages. With GuestMemfdFlags.MMAP both sides are one memory: no discard.
 
         All sizes and addresses in bytes, multiples of the page size. Raises ValueError for a range that is unaligned, wraps,
         or overlaps a slot (which it names), or for backing memory too small; KvmError where KVM refuses. A failure leaves
@@ -231,30 +275,45 @@ cdef class Memory:
         if guest_memfd and not self.region2 and self.handle.fd >= 0:
             raise KvmError(errnos.EOPNOTSUPP, "KVM_SET_USER_MEMORY_REGION2",
                            f"guest_memfd needs Linux 6.8 or later, this is {os.uname().release}")
+        if flags and self.rebinds:
+            raise ValueError("gmem_flags with SlotRebind, which makes the private side itself: leave them out")
         slot = Slot.__new__(Slot)
         slot.gpa, slot.size, slot.readonly, slot.log_dirty = gpa, size, readonly, log_dirty
+        slot.region.first, slot.region.last = slot.gpa, slot.gpa + (slot.size - 1)
         with self.lock:
             self.handle.check()
             self._check_free(gpa, size)
             if guest_memfd:
-                slot.gmem_fd = self._create_guest_memfd(size, flags)
+                give_bits(&slot.region, False)
+                slot.region.gmem_fd = self._create_guest_memfd(size, flags)
+            if self.rebinds and guest_memfd:
+                slot.region.private_side = map_shared(slot.region.gmem_fd, size)
             if flags & GuestMemfdFlags.MMAP:
-                slot.mapping = GmemMapping(slot.gmem_fd, size)
+                slot.mapping = GmemMapping(slot.region.gmem_fd, size)
             elif fd is not None:
                 slot.mapping = _map_file(fd, offset, size, readonly)
             elif buffer is None:
                 slot.mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
             slot.view_ = _view(
                 slot.mapping if buffer is None else buffer, offset if buffer is not None else 0, size, readonly)
-            slot.hva = _address(slot.view_)
+            slot.hva = slot.region.hva = _address(slot.view_)
+            if guest_memfd and not flags & GuestMemfdFlags.MMAP:
+                slot.region.private_discard = PUNCH if discard is not False else NOTHING
+                if buffer is None and fd is None:
+                    slot.region.shared_discard = DONTNEED if discard is not False else NOTHING
+                elif discard is None:
+                    slot.region.shared_discard = UNDECIDED
+                elif discard:
+                    slot.region.shared_discard = REMOVE if fd is not None or _is_shared(slot.hva, size) else DONTNEED
             self._install(slot)
         return slot
 
     def remove(self, slot):
         """Delete a memslot, also under a running vCPU. `slot`: the Slot, or an address in it.
 
-        Its memory is unmapped when the last view of it is gone; its guest_memfd is closed now. Raises ValueError where
-        there is no such slot.
+        Its memory is unmapped when the last view of it is gone; its guest_memfd is closed now, and its addresses are
+        shared again. Raises ValueError where there is no such slot, ConversionError or KvmError where KVM refuses; the slot
+        is still there then.
         """
         cdef Slot gone
         with self.lock:
@@ -267,14 +326,117 @@ cdef class Memory:
                 raise ValueError(f"no such slot: {slot!r}; there are {list(self.slots)}")
             gone = found
             self.handle.check()
-            self.set_region(gone, 0)
+            self._withdraw(gone)
+            try:
+                self.set_region(gone, 0)
+            except BaseException:
+                self._insert(gone)
+                raise
             self.change_slots([], [gone])
-            self.freed_numbers.append(gone.number)
-            gone.view_ = gone.mapping = None
+            self._release_number(gone.number)
+            gone.view_ = gone.mapping = gone.conversions = None
             gone.close_fd()
 
+    def convert(self, gpa, size, *, private):
+        """Make `size` bytes from guest-physical `gpa` private, or shared: attributes first, then the data of the side that
+        went out of use is given back to the host (see add(discard=)). Waits, without the GIL, while others convert.
+
+        What has the wanted state already costs no system call. The range may go across slots; where there is no slot it is
+        shared already. Huge ranges are converted in steps of 64 MiB; Ctrl-C is heeded between them, with a note on the
+        exception that says how far it got.
+
+        Raises ValueError for a range that is empty, unaligned or wraps. ConversionError, before anything is done, where it
+        is to become private and has no slot, or one without guest_memfd or without a word about discard=, and where this
+        VM has no private memory; and where KVM refuses half way: its `done` says how far it got. What is_private() and
+        ranges() say is then still what KVM holds. Source: Documentation/virt/kvm/api.rst, KVM_SET_MEMORY_ATTRIBUTES.
+        """
+        gpa, size = _range(gpa, size)
+        if not isinstance(private, bool):
+            raise TypeError(f"private {private!r} must be True or False")
+        self.handle.check()
+        if not self.rebinds:
+            self.convert_steps(gpa, size, private)
+            return
+        self.vcpus.pause()  # a memslot is not there for a moment
+        try:
+            self.convert_steps(gpa, size, private)
+        finally:
+            self.vcpus.resume()
+
+    cdef int convert_steps(self, uint64_t first, uint64_t size, bint private) except -1:
+        cdef uint64_t last = first + (size - 1), at = first
+        cdef Result result
+        self.handle.users += 1  # close() waits
+        try:
+            while True:
+                with nogil:
+                    result = examine(self.converter, first, last, private)
+                if result.step != BUSY:
+                    break
+                self.look_around()
+            while result.step == DONE:
+                with nogil:
+                    result = convert_chunk(self.converter, at, last, private)
+                if result.step == BUSY:
+                    result.step = DONE
+                elif result.step == DONE:
+                    if result.at == last:
+                        return 0
+                    at = result.at + 1
+                self.look_around()
+            at = result.at
+        except BaseException as error:
+            error.add_note(f"conversion of gpa {first:#x}, size {size:#x} to {'private' if private else 'shared'}: "
+                           f"{at - first:#x} bytes done")
+            raise
+        finally:
+            self.handle.users -= 1
+        raise self._refusal(first, size, private, result)
+
+    cdef int look_around(self) except -1:
+        """What waits for the lock, or converts much, does now and then."""
+        PyErr_CheckSignals()
+        return self.handle.check()
+
+    def is_private(self, gpa):
+        """Whether the page at guest-physical `gpa` is private; where there is no slot it is not. None for a page of an
+        adopted VM that was not converted yet."""
+        cdef uint64_t at
+        cdef int state
+        if not 0 <= index(gpa) <= UINT64_MAX:
+            raise ValueError(f"gpa {gpa:#x} is no 64-bit address")
+        at = gpa
+        while True:
+            self.handle.check()
+            with nogil:
+                state = state_at(self.converter, at)
+            if state != -2:
+                return None if state < 0 else state == 1
+            PyErr_CheckSignals()
+
+    def ranges(self):
+        """-> a list of MemoryRange(gpa, size, private): the slots' memory as runs of one state, as long as they can be, by
+        address. Left out: holes, and pages of an adopted VM that were not converted yet."""
+        cdef Run *runs = NULL
+        cdef size_t count = 0, i
+        cdef Step step
+        while True:
+            self.handle.check()
+            with nogil:
+                step = list_runs(self.converter, &runs, &count)
+            if step == DONE:
+                break
+            if step != BUSY:
+                raise MemoryError
+            PyErr_CheckSignals()
+        try:
+            return [MemoryRange(runs[i].first, runs[i].last - runs[i].first + 1, bool(runs[i].private))
+                    for i in range(count)]
+        finally:
+            free(runs)
+
     def read(self, gpa, n):
-        """-> n bytes from guest-physical `gpa`, across slots.
+        """-> n bytes from guest-physical `gpa`, across slots: of private pages the shared side, which is zeros.
 
         Checked: a page that cannot be read (unmapped, past the end of a truncated file) is a KvmError with EFAULT, never a
         SIGBUS. Raises ValueError where no slot covers the range.
@@ -299,19 +461,96 @@ cdef class Memory:
 
     # ---- the rest is internal ----
 
-    def adopt(self, number, gpa, size, hva, gmem_fd, gmem_offset):
+    def _refusal(self, gpa, size, private, Result result):
+        """The ConversionError for what went wrong."""
+        slot = self.slot_at(result.where)
+        where = f"gpa {result.where:#x}"
+        done = result.at - gpa
+        if result.step in (NO_SLOT, NO_PRIVATE_SIDE, UNDECIDED_DISCARD, NO_BACKEND):
+            why = {
+                NO_SLOT: f"no slot covers {where}; there are {list(self.slots)}",
+                NO_PRIVATE_SIDE: f"{slot!r} at {where} has no guest_memfd: add it with guest_memfd=True",
+                UNDECIDED_DISCARD: f"{slot!r} at {where} is the caller's memory: say in add() whether conversions may "
+                                   "discard its data, discard=True or False",
+                NO_BACKEND: f"a VM of type {self.vm_type!r} has no private memory on Linux {os.uname().release} "
+                            "(KVM_CAP_MEMORY_ATTRIBUTES): use VMType.SW_PROTECTED on a kernel with "
+                            "CONFIG_KVM_SW_PROTECTED_VM, or VM(attributes=SlotRebind())",
+            }[result.step]
+            return ConversionError(gpa, size, private, done, why)
+        name = os.strerror(result.error)
+        if result.step == SET_FAILED:
+            why = f"{type(self.conversions.backend).__name__} at {where}: {name} (errno {result.error})"
+        else:
+            why = f"discarding what went out of use at {where}: {name} (errno {result.error}); " + (
+                "the attributes could not be put back, either" if result.step == STUCK else "the attributes were put back")
+        return ConversionError(gpa, size, private, done, why, result.error)
+
+    def _insert(self, Slot slot):
+        cdef Region *r = &slot.region
+        cdef Step step = BUSY
+        while step == BUSY:
+            with nogil:
+                step = insert(self.converter, r)
+            PyErr_CheckSignals()
+        if step != DONE:
+            raise MemoryError
+
+    def _withdraw(self, Slot slot):
+        """Make a slot shared and take it from the converter; ConversionError where that fails."""
+        cdef Region *r = &slot.region
+        cdef Result result
+        if self.rebinds:
+            self.vcpus.pause()
+        try:
+            while True:
+                with nogil:
+                    result = withdraw(self.converter, r)
+                if result.step != BUSY:
+                    break
+                self.look_around()
+        finally:
+            if self.rebinds:
+                self.vcpus.resume()
+        if result.step != DONE:
+            raise self._refusal(slot.gpa, slot.size, False, result)
+
+    cdef int _reserve_number(self) except -2:
+        """A free memslot number, or -1."""
+        cdef int number = -2
+        while number == -2:
+            with nogil:
+                number = reserve_number(self.converter)
+            PyErr_CheckSignals()
+        return number
+
+    cdef int _release_number(self, uint32_t number) except -1:
+        cdef Step step = BUSY
+        while step == BUSY:
+            with nogil:
+                step = release_number(self.converter, number)
+        return 0
+
+    def adopt(self, number, gpa, size, hva, gmem_fd, gmem_offset, discard):
         """Take note of a memslot that somebody else made."""
         cdef Slot slot = Slot.__new__(Slot)
         gpa, size = _range(gpa, size)
         hva, _ = _range(hva, size, "hva")
         self._check_free(gpa, size)
-        slot.gpa, slot.size, slot.hva, slot.number = gpa, size, hva, number
-        slot.gmem_offset = gmem_offset
+        slot.gpa, slot.size, slot.hva, slot.number_ = gpa, size, hva, number
+        slot.region.first, slot.region.last, slot.region.hva = slot.gpa, slot.gpa + (slot.size - 1), slot.hva
+        slot.region.gmem_offset = gmem_offset
         slot.adopted = True
         # SAFETY: the adopter vouches for the mapping, as it does to KVM.
         slot.view_ = PyMemoryView_FromMemory(<char *><uintptr_t>slot.hva, slot.size, PyBUF_WRITE)
         if gmem_fd is not None:
-            slot.gmem_fd = fcntl.fcntl(gmem_fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            slot.region.gmem_fd = fcntl.fcntl(gmem_fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        if discard and gmem_fd is not None:
+            slot.region.private_discard = PUNCH
+            slot.region.shared_discard = REMOVE if _is_shared(slot.hva, size) else DONTNEED
+        if self.conversions.backend is not None:
+            give_bits(&slot.region, True)
+        slot.conversions = self.conversions
+        self._insert(slot)
         self.change_slots([slot], [])
         return slot
 
@@ -324,8 +563,10 @@ cdef class Memory:
 
     def _create_guest_memfd(self, size, flags):
         cdef kvm_create_guest_memfd argument
-        if self.handle.fd < 0:
-            raise KvmError(errnos.EOPNOTSUPP, "KVM_CREATE_GUEST_MEMFD", "a scripted VM has no guest_memfd")
+        if self.handle.fd < 0 or self.rebinds:  # a file with the same calls, which the host can read
+            fd = os.memfd_create("kvmexit-private", os.MFD_CLOEXEC)
+            os.ftruncate(fd, size)
+            return fd
         memset(&argument, 0, sizeof(argument))
         argument.size = size
         argument.flags = flags
@@ -335,15 +576,24 @@ cdef class Memory:
 
     def _install(self, Slot slot):
         self.handle.check()
-        number = self.freed_numbers.pop() if self.freed_numbers else next(self.fresh_numbers, None)
-        if number is None:
-            raise KvmError(errnos.ENOSPC, "KVM_SET_USER_MEMORY_REGION2", f"all {len(self.slots)} memslots are in use")
-        slot.number = number
+        cdef int number = self._reserve_number()
+        if number < 0:
+            raise KvmError(errnos.ENOSPC, "KVM_SET_USER_MEMORY_REGION2", f"all memslots are in use: {len(self.slots)} slots")
+        slot.number_ = number
         try:
+            if slot.region.private_side != NULL:
+                take_whole(&slot.region, number)
+            self._insert(slot)
+            slot.conversions = self.conversions
             self.set_region(slot, slot.size)
-        except KvmError as error:
-            self.freed_numbers.append(number)
-            if slot.gmem_fd >= 0 and error.errno == errnos.EINVAL:
+        except BaseException as error:
+            if slot.conversions is not None:
+                self._withdraw(slot)
+            slot.conversions = None
+            self._release_number(number)
+            if not isinstance(error, KvmError):
+                raise
+            if slot.region.gmem_fd >= 0 and error.errno == errnos.EINVAL:
                 error.hint = (
                     f"Linux {os.uname().release} cannot bind this guest_memfd in a VM of type {self.vm_type!r}: use "
                     "VMType.SW_PROTECTED, or gmem_flags=GuestMemfdFlags.MMAP|INIT_SHARED where the kernel has them")
@@ -366,10 +616,10 @@ cdef class Memory:
             region.flags |= KVM_MEM_READONLY
         if slot.log_dirty:
             region.flags |= KVM_MEM_LOG_DIRTY_PAGES
-        if size and slot.gmem_fd >= 0:
+        if size and slot.region.gmem_fd >= 0 and not self.rebinds:
             region.flags |= KVM_MEM_GUEST_MEMFD
-            region.guest_memfd = slot.gmem_fd
-            region.guest_memfd_offset = slot.gmem_offset
+            region.guest_memfd = slot.region.gmem_fd
+            region.guest_memfd_offset = slot.region.gmem_offset
         if self.region2:
             return self.handle.call("KVM_SET_USER_MEMORY_REGION2", KVM_SET_USER_MEMORY_REGION2, &region)
         # The older struct is the newer one's beginning.
@@ -399,7 +649,7 @@ cdef class Memory:
         free(self.spans)
         self.spans = spans
         self.slots = after
-        self.changes += 1
+        kvmexit_next_generation(&self.converter.generation)
         return 0
 
     cdef object slot_at(self, uint64_t gpa):
@@ -424,17 +674,19 @@ cdef class Memory:
             ours = [slot for slot in self.slots if not (<Slot>slot).adopted]
             for slot in ours:
                 try:
+                    self._withdraw(slot)
                     self.set_region(slot, 0)
-                except KvmError:
+                except Error:
                     pass  # that VM is dead already
             self.change_slots([], ours)
 
     def close(self):
-        """The VM is gone, and so are its memslots."""
+        """The VM is gone, and so are its memslots. Nobody converts any more: VM.close() has waited."""
         cdef Slot slot
         with self.lock:
+            self.converter.count = 0
             for slot in self.slots:
-                slot.view_ = slot.mapping = None
+                slot.view_ = slot.mapping = slot.conversions = None
                 slot.close_fd()
             self.slots = ()
 
@@ -471,6 +723,37 @@ cdef class Memory:
                     f"{done} of {n} bytes done")
             done += moved
         return 0
+
+
+cdef char *map_shared(int fd, size_t size) except NULL:
+    cdef void *address = c_mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+    if address == MAP_FAILED:
+        raise KvmError(errno, "mmap of the private side")
+    return <char *>address
+
+
+cdef int take_whole(Region *r, uint32_t number) except -1:
+    """The one piece that a region of SlotRebind is at first."""
+    r.pieces = <Piece *>malloc(sizeof(Piece))
+    if r.pieces == NULL:
+        raise MemoryError
+    r.pieces[0] = Piece(r.first, r.last, number, False)
+    r.piece_count = 1
+    return 0
+
+
+def _is_shared(address, size):
+    """Whether memory of this process is mapped shared (MAP_SHARED). ValueError where only part of it is."""
+    kinds = set()
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            span, permissions = line.split()[:2]
+            first, end = (int(part, 16) for part in span.split("-"))
+            if first < address + size and address < end:
+                kinds.add(permissions[3] == "s")
+    if len(kinds) != 1:
+        raise ValueError(f"memory at {address:#x}, size {size:#x} is mapped shared in part, and private in part")
+    return kinds.pop()
 
 
 def _map_file(fd, offset, size, readonly):

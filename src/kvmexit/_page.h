@@ -36,12 +36,13 @@ struct kvmexit_vcpu {
     int32_t tid;      /* atomic; the thread inside run(), or 0 */
 
     /* of the run() in progress */
+    int parked; /* with the GIL held: its thread stands still while a VM is paused */
     uint64_t deadline_ns; /* CLOCK_MONOTONIC, or KVMEXIT_NEVER */
     struct kvmexit_vcpu *outer;
     int main_thread, was_blocked;
 
     /* what the burst took on itself, for the record */
-    uint64_t retried_unwritten, retried_eintr, retried_eagain, retried_enomem;
+    uint64_t retried_unwritten, retried_eintr, retried_eagain, retried_enomem, retried_race;
 
     /* the fault-loop guard: the previous fault, and how often it may come in a row */
     uint32_t fault_limit;

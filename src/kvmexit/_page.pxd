@@ -17,13 +17,15 @@ cdef extern from "_page.h" nogil:
         unsigned born
         uint32_t request
         int32_t tid
+        int parked
         uint64_t deadline_ns
+        kvmexit_vcpu *outer
         int main_thread
         uint64_t seq
         uint32_t reason, place
         int error
         int needs, answered, unsettled, completes
-        uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem
+        uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem, retried_race
         uint32_t fault_limit, fault_count
         int regs_synced
         uint64_t fault_payload[4]

@@ -1,6 +1,7 @@
 from kvmexit._ioctl cimport Handle
 from kvmexit._memory cimport Memory
 from kvmexit._routes cimport RouteTable
+from kvmexit._vcpus cimport Vcpus
 
 
 cdef class VM:
@@ -10,7 +11,7 @@ cdef class VM:
     cdef object lock            # of changes to routes and capabilities
     cdef readonly Memory memory
     cdef readonly object type
-    cdef object pages           # of its vCPUs, weakly
+    cdef Vcpus vcpus
     cdef str device
     cdef size_t run_size        # of a vCPU's mapping
     cdef object cpuid           # struct kvm_cpuid2, what KVM supports; None where the device could not be asked

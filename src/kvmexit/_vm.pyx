@@ -14,19 +14,22 @@ from typing import NamedTuple
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from kvmexit._convert cimport KvmAttributes
 from kvmexit._ioctl cimport Handle, call, call_value, forks
 from kvmexit._memory cimport Memory
 from kvmexit._page cimport EVENTS, REGS, SREGS, Page, map_vcpu
 from kvmexit._routes cimport ANY, RouteTable
 from kvmexit._uapi cimport (
-    KVM_API_VERSION, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_NR_MEMSLOTS, KVM_CAP_SET_IDENTITY_MAP_ADDR,
-    KVM_CAP_SET_TSS_ADDR, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2, KVM_CAP_X86_USER_SPACE_MSR, KVM_CHECK_EXTENSION,
-    KVM_CREATE_IRQCHIP, KVM_CREATE_VCPU, KVM_CREATE_VM, KVM_ENABLE_CAP, KVM_EXIT_HYPERCALL, KVM_EXIT_IO,
-    KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GET_API_VERSION,
-    KVM_GET_SUPPORTED_CPUID, KVM_GET_VCPU_MMAP_SIZE, KVM_IRQ_LINE, KVM_SET_CPUID2, KVM_SET_IDENTITY_MAP_ADDR,
-    KVM_SET_SIGNAL_MASK, KVM_SET_TSS_ADDR, KVM_X86_DEFAULT_VM, KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM,
-    KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM, kvm_enable_cap, kvm_irq_level,
+    KVM_API_VERSION, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_NR_MEMSLOTS,
+    KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_CHECK_EXTENSION, KVM_CREATE_IRQCHIP, KVM_CREATE_VCPU, KVM_CREATE_VM, KVM_ENABLE_CAP,
+    KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
+    KVM_GET_API_VERSION, KVM_GET_SUPPORTED_CPUID, KVM_GET_VCPU_MMAP_SIZE, KVM_IRQ_LINE, KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    KVM_SET_CPUID2, KVM_SET_IDENTITY_MAP_ADDR, KVM_SET_SIGNAL_MASK, KVM_SET_TSS_ADDR, KVM_X86_DEFAULT_VM,
+    KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM, KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM, kvm_enable_cap,
+    kvm_irq_level,
 )
+from kvmexit._vcpus cimport Vcpus
 from kvmexit import _exits
 from kvmexit._ioctl import generic_ioctl
 from kvmexit._routes import Entry, Route
@@ -57,6 +60,8 @@ class AdoptedSlot(NamedTuple):
     hva: int
     guest_memfd: int | None = None
     gmem_offset: int = 0
+    discard: bool = False
+    """Whether conversions may give the pages that go out of use back to the host, their data with them."""
 
 
 # Below 4 GiB, where firmware leaves three pages free and a page table of KVM's: api.rst, KVM_SET_TSS_ADDR.
@@ -100,9 +105,12 @@ cdef class VM:
 
     Raises KvmError where the device cannot be opened or has no such VM type, Error on other systems and processors.
     After fork() every use of it in the child raises Error.
+
+    attributes: how ranges become private or shared. None: KVM_SET_MEMORY_ATTRIBUTES where this VM has it, else nothing can
+    become private; or SlotRebind().
     """
 
-    def __init__(self, type=VMType.DEFAULT, *, device="/dev/kvm"):
+    def __init__(self, type=VMType.DEFAULT, *, device="/dev/kvm", attributes=None):
         cdef int kvm, fd
         type = VMType(type)
         _check_platform()
@@ -117,8 +125,7 @@ cdef class VM:
         if self.check(KVM_CAP_IMMEDIATE_EXIT) == 0:
             self.close()
             raise Error("kvmexit needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.13)")
-        self.memory = Memory(
-            self.handle, self.type, self.check(KVM_CAP_USER_MEMORY2) > 0, range(self.check(KVM_CAP_NR_MEMSLOTS)))
+        self._set_up_memory(range(self.check(KVM_CAP_NR_MEMSLOTS)), attributes)
         if type != VMType.TDX:
             self._place_intel_pages()
 
@@ -128,12 +135,18 @@ cdef class VM:
         self.device = os.fspath(device)
         self.routes = RouteTable()
         self.lock = threading.RLock()
-        self.pages = weakref.WeakSet()
+        self.vcpus = Vcpus(handle)
 
-    def _set_up_scripted(self):
+    def _set_up_memory(self, numbers, attributes):
+        if attributes is None and self.check(KVM_CAP_MEMORY_ATTRIBUTES) & KVM_MEMORY_ATTRIBUTE_PRIVATE:
+            attributes = KvmAttributes()
+        region2 = self.handle.fd < 0 or self.check(KVM_CAP_USER_MEMORY2) > 0
+        self.memory = Memory(self.handle, self.type, region2, numbers, attributes, self.vcpus)
+
+    def _set_up_scripted(self, attributes):
         """Make this a VM without a kernel behind it (kvmexit.testing.ScriptedVM)."""
         self._set_up(Handle(-1, "this VM"), VMType.DEFAULT, "")
-        self.memory = Memory(self.handle, self.type, True, range(32764))
+        self._set_up_memory(range(32764), attributes)
 
     def _place_intel_pages(self):
         cdef uint64_t identity_map = _IDENTITY_MAP
@@ -158,8 +171,7 @@ cdef class VM:
             raise ValueError(f"fd {fd} is the KVM device itself, not a VM")
         vm.adopted = True
         vm._ask_device()
-        region2 = vm.check(KVM_CAP_USER_MEMORY2) > 0
-        vm.memory = Memory(vm.handle, vm.type, region2, sorted(free_slots))
+        vm._set_up_memory(free_slots, None)
         for slot in slots:
             vm.memory.adopt(*AdoptedSlot(*slot))
         # The adopted VM outlives ours: dropped without close(), our slots have to go from it all the same.
@@ -193,19 +205,20 @@ cdef class VM:
         mine = self.handle.forks == forks()
         if mine:
             me = PyThread_get_thread_ident()
-            if me in [(<Page>page).owner for page in self._pages()]:
+            if me in [(<Page>page).owner for page in self.vcpus.pages()]:
                 raise Error("close() from a handler of a running vCPU: return STOP, and close after run()")
             self.handle.closed = True  # from here on run() and everything else is refused
+            self.vcpus.release()
             # Every close() waits, also a second one: descriptors are not taken from under a vCPU or an ioctl.
-            while self.handle.users or any([(<Page>page).owner or (<Page>page).handle.users for page in self._pages()]):
-                for page in self._pages():
+            while self.handle.users or any([(<Page>page).owner or (<Page>page).handle.users for page in self.vcpus.pages()]):
+                for page in self.vcpus.pages():
                     if (<Page>page).owner:
                         try:
                             kick_page(page)
                         except KvmError:
                             pass  # the signal queue is full: again in a moment
                 time.sleep(0.001)  # with the GIL released; raises on Ctrl-C, and close() can be called again
-        for page in self._pages():
+        for page in self.vcpus.pages():
             if self.adopted and mine and not (<Page>page).c.completes:
                 (<Page>page).flush()  # what was written last is the vCPU's, whoever runs it next
             (<Page>page).close()
@@ -214,11 +227,6 @@ cdef class VM:
                 self.memory.withdraw()
             self.memory.close()
         self.handle.close()
-
-    def _pages(self):
-        """The Pages of the vCPUs there are."""
-        with self.lock:
-            return list(self.pages)
 
     def __enter__(self):
         return self
@@ -308,10 +316,28 @@ cdef class VM:
         if page.c.fd >= 0:
             page.syncable = self.check(KVM_CAP_SYNC_REGS) & (REGS | SREGS | EVENTS)
         vcpu = cls._make(self, page, id)
-        with self.lock:
-            self.handle.check()
-            self.pages.add(page)
+        self.vcpus.add(page)
         return vcpu
+
+    def pause(self):
+        """Stop all vCPUs: on return each is outside KVM_RUN, with nothing pending that KVM could complete, and outside its
+        handlers (in a handler: all vCPUs but the one that handler runs for). Until resume() a run() parks: it heeds kick(),
+        its timeout and Ctrl-C, and calls no handler.
+
+        Waits with the GIL released, also for handlers to return. Pauses nest, and any thread may pause; two handlers that do
+        so at the same time come one after the other. A vCPU that no thread runs stays as it is: complete() finishes
+        what is pending there. Raises Error where the VM is closed, also meanwhile.
+        """
+        self.vcpus.pause()
+
+    def resume(self):
+        """End one pause(); with the last one the vCPUs go on. Error where none is in effect."""
+        self.vcpus.resume()
+
+    @property
+    def paused(self):
+        """Whether a pause is in effect or asked for."""
+        return self.vcpus.pauses != 0
 
     def create_irqchip(self):
         """An in-kernel interrupt controller (KVM_CREATE_IRQCHIP); before the first vCPU."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno as errnos
 import os
 
-__all__ = ["Error", "FaultLoopError", "KvmError", "NotPendingError", "VcpuBusyError"]
+__all__ = ["ConversionError", "Error", "FaultLoopError", "KvmError", "NotPendingError", "VcpuBusyError"]
 
 
 class Error(Exception):
@@ -39,6 +39,28 @@ class FaultLoopError(Error):
     def __init__(self, message: str, fault: object = None) -> None:
         super().__init__(message)
         self.fault = fault
+
+
+class ConversionError(Error):
+    """A range could not become private or shared.
+
+    gpa, size, private: what was asked. done: bytes from gpa on that have the wanted state now. errno: the kernel's, or
+    None where the range itself cannot be converted; then nothing was done. `vm.memory.ranges()` says what is what.
+    """
+
+    gpa: int
+    size: int
+    private: bool
+    done: int
+    errno: int | None
+
+    def __init__(self, gpa: int, size: int, private: bool, done: int, why: str, errno: int | None = None) -> None:
+        super().__init__(gpa, size, private, done, why, errno)
+        self.gpa, self.size, self.private, self.done, self.why, self.errno = gpa, size, private, done, why, errno
+
+    def __str__(self) -> str:
+        to = "private" if self.private else "shared"
+        return f"gpa {self.gpa:#x}, size {self.size:#x} to {to}: {self.why}; {self.done:#x} bytes done"
 
 
 class NotPendingError(Error):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import enum
+import errno as errnos
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
-    from kvmexit._exits import Exit
+    from kvmexit._exits import Exit, Hypercall, MemoryFault
     from kvmexit._loop import Vcpu
 
-__all__ = ["PASS", "STOP", "Handler", "Verdict", "coerce"]
+from kvmexit.errors import ConversionError
+
+__all__ = ["PASS", "STOP", "Handler", "Verdict", "coerce", "convert", "map_gpa_range"]
 
 _E = TypeVar("_E", bound="Exit")
 Handler: TypeAlias = Callable[["Vcpu", _E], object]
@@ -47,3 +50,46 @@ def coerce(handler: Handler[Any]) -> Handler[Any]:
             f"{handler!r} is a coroutine or generator function: a handler answers at once, as a plain function"
         )
     return handler
+
+
+_PAGE = 4096
+
+
+def convert(vcpu: Vcpu, fault: MemoryFault) -> None:
+    """A handler for `on_memory_fault`: make the range that the fault names private or shared, as the guest wants it.
+
+    Raises ConversionError where that cannot be; the fault then stays pending.
+    """
+    first = fault.gpa // _PAGE * _PAGE
+    size = -(-(fault.gpa + fault.size - first) // _PAGE) * _PAGE
+    vcpu.vm.memory.convert(first, size, private=fault.private)
+
+
+def map_gpa_range(vcpu: Vcpu, hypercall: Hypercall) -> object:
+    """A handler for `on_hypercall(12)`: the guest asks by KVM_HC_MAP_GPA_RANGE that a range become private or shared.
+
+    The guest gets 0; EINVAL for a range that cannot be converted (rubbish; no slot or no guest_memfd where it is to be
+    private); EAGAIN where the kernel had no memory or was busy, and asking again goes on from there. In a plain VM errors
+    are negative, in SNP and TDX VMs positive, as KVM takes them there. An MMIO hole is shared already: success.
+
+    Raises ConversionError for other failures: they are the host's. Source: Documentation/virt/kvm/x86/hypercalls.rst;
+    arch/x86/kvm/svm/sev.c, arch/x86/kvm/vmx/tdx.c.
+    """
+    asked = hypercall.map_gpa_range
+    if asked is None:
+        return PASS
+    try:
+        if not asked.valid:
+            return _failed(vcpu, errnos.EINVAL)
+        vcpu.vm.memory.convert(asked.gpa, asked.size, private=asked.private)
+    except ConversionError as error:
+        if error.errno not in (None, errnos.EAGAIN, errnos.EBUSY, errnos.ENOMEM):
+            raise
+        return _failed(vcpu, errnos.EINVAL if error.errno is None else errnos.EAGAIN)
+    return 0
+
+
+def _failed(vcpu: Vcpu, errno: int) -> int:
+    """`ret` of a hypercall that failed: the way this type of VM takes it."""
+    positive = vcpu.vm.type.name in ("SNP", "TDX")
+    return errno if positive else (1 << 64) - errno

@@ -5,12 +5,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
+from kvmexit._convert import AttributesBackend, RecordedAttributes
 from kvmexit._loop import Vcpu
 from kvmexit._trace import Script, ScriptStep, scripted_page
 from kvmexit._vm import VM
 
 __all__ = [
-    "Script", "ScriptStep", "ScriptedVM",
+    "RecordedAttributes", "Script", "ScriptStep", "ScriptedVM",
     "hlt", "hypercall", "memory_fault", "mmio_read", "mmio_write", "pio_in", "pio_out",
 ]
 
@@ -18,11 +19,13 @@ __all__ = [
 class ScriptedVM(VM):
     """A VM without a kernel behind it: the same handlers, routes, memory and loop, over exits given as a list.
 
-    A script that has come to its end makes run() raise KvmError (ENODATA).
+    A script that has come to its end makes run() raise KvmError (ENODATA). A slot's guest_memfd is an ordinary memfd.
+
+    attributes: how ranges become private: a RecordedAttributes, which also can be told to fail, unless given.
     """
 
-    def __init__(self) -> None:
-        self._set_up_scripted()
+    def __init__(self, *, attributes: AttributesBackend | None = None) -> None:
+        self._set_up_scripted(RecordedAttributes() if attributes is None else attributes)
         self._scripts: dict[int, Script] = {}
 
     def create_vcpu(

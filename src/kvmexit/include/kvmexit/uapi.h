@@ -42,6 +42,7 @@
 #define KVM_CREATE_IRQCHIP KVMEXIT_IO(0x60)
 #define KVM_IRQ_LINE KVMEXIT_IOW(0x61, struct kvm_irq_level)
 #define KVM_ENABLE_CAP KVMEXIT_IOW(0xa3, struct kvm_enable_cap)
+#define KVM_SET_MEMORY_ATTRIBUTES KVMEXIT_IOW(0xd2, struct kvm_memory_attributes)
 #define KVM_CREATE_GUEST_MEMFD KVMEXIT_IOWR(0xd4, struct kvm_create_guest_memfd)
 
 /* on a vCPU */
@@ -88,6 +89,8 @@
 #define KVM_MEM_GUEST_MEMFD (1u << 2)
 #define GUEST_MEMFD_FLAG_MMAP (1ull << 0)
 #define GUEST_MEMFD_FLAG_INIT_SHARED (1ull << 1)
+
+#define KVM_MEMORY_ATTRIBUTE_PRIVATE (1ull << 3)
 
 #define KVM_HC_MAP_GPA_RANGE 12
 
@@ -454,6 +457,10 @@ struct kvm_create_guest_memfd {
     uint64_t size, flags, reserved[6];
 };
 
+struct kvm_memory_attributes {
+    uint64_t address, size, attributes, flags;
+};
+
 struct kvm_enable_cap {
     uint32_t cap, flags;
     uint64_t args[4];
@@ -510,6 +517,7 @@ KVMEXIT_ASSERT(offsetof(struct kvm_run, kvm_valid_regs) == 288);
 KVMEXIT_ASSERT(offsetof(struct kvm_run, s) == 304);
 KVMEXIT_ASSERT(sizeof(struct kvm_userspace_memory_region2) == 160);
 KVMEXIT_ASSERT(sizeof(struct kvm_create_guest_memfd) == 64);
+KVMEXIT_ASSERT(sizeof(struct kvm_memory_attributes) == 32);
 KVMEXIT_ASSERT(sizeof(struct kvm_enable_cap) == 104);
 #if defined(__x86_64__)
 KVMEXIT_ASSERT(sizeof(struct kvm_regs) == 144);

@@ -415,6 +415,34 @@ def test_other_machines_are_told_apart(monkeypatch, platform, machine):
         kvmexit.VM()
 
 
+def test_signals_do_not_keep_a_vm_from_being_created(kvm):
+    """KVM_CREATE_VM is EINTR then; what a handler raises comes out, and nothing is left."""
+    done = python("""
+import os, signal, kvmexit
+def handle(number, frame):
+    if raising:
+        raise InterruptedError("by the handler")
+raising = False
+signal.signal(signal.SIGALRM, handle)
+signal.siginterrupt(signal.SIGALRM, False)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+for _ in range(500):
+    kvmexit.VM().close()
+signal.setitimer(signal.ITIMER_REAL, 0)
+before = len(os.listdir("/proc/self/fd"))
+raising = True
+signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+try:
+    while True:
+        kvmexit.VM().close()
+except InterruptedError as error:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert str(error) == "by the handler", error
+print("done", len(os.listdir("/proc/self/fd")) - before)
+""")
+    assert (done.stdout, done.stderr) == ("done 0\n", "")
+
+
 def test_a_vm_type_the_kernel_lacks_is_an_error_that_leaves_nothing(kvm):
     """Whichever this kernel lacks."""
     with kvmexit.VM() as vm:

@@ -11,6 +11,7 @@ import weakref
 from operator import index
 from typing import NamedTuple
 
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -118,7 +119,7 @@ cdef class VM:
         try:
             self.run_size = _run_size(kvm)
             self.cpuid = _supported_cpuid(kvm)
-            fd = call_value(kvm, "KVM_CREATE_VM", KVM_CREATE_VM, type)
+            fd = _create_vm(kvm, type)
         finally:
             os.close(kvm)
         self._set_up(Handle(fd, "this VM"), type, device)
@@ -454,6 +455,17 @@ def _span(first, count, limit, what):
 
 cdef size_t _run_size(int kvm) except 0:
     return call_value(kvm, "KVM_GET_VCPU_MMAP_SIZE", KVM_GET_VCPU_MMAP_SIZE, 0)
+
+
+cdef int _create_vm(int kvm, int type) except -1:
+    """KVM_CREATE_VM; any signal can make it EINTR, which is not restarted (mm_take_all_locks, for the MMU notifier)."""
+    while True:
+        try:
+            return call_value(kvm, "KVM_CREATE_VM", KVM_CREATE_VM, type)
+        except KvmError as error:
+            if error.errno != errnos.EINTR:
+                raise
+        PyErr_CheckSignals()
 
 
 cdef bytearray _supported_cpuid(int kvm):

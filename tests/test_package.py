@@ -61,7 +61,7 @@ def test_the_burst_has_no_python_operation(generated, module):
 def test_the_check_of_the_burst_can_fail(generated, tmp_path):
     """A Python call smuggled into the burst is found."""
     source = (SOURCE / "_loop.pyx").read_text()
-    changed = source.replace("        c.entries += 1\n", "        c.entries += 1\n        with gil:\n            print(c.entries)\n")
+    changed = source.replace("\n        c.entries += 1\n", "\n        c.entries += 1\n        with gil:\n            print(c.entries)\n")
     assert changed != source
     path = tmp_path / "_loop.pyx"
     path.write_text(changed)

@@ -8,6 +8,7 @@ goes round or gives it to the caller of run().
 import math
 import numbers
 import threading
+from array import array
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
@@ -18,7 +19,8 @@ from libc.string cimport memcmp, memcpy, memset
 
 from kvmexit._convert cimport has_state, kvmexit_generation
 from kvmexit._exits cimport (
-    PLACES, UNEXPLAINED, Exit, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make, make_interrupted,
+    PLACES, UNEXPLAINED, Exit, Interrupted, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make,
+    make_interrupted,
 )
 from kvmexit._page cimport REGS, Page, kvmexit_vcpu
 from kvmexit._registers cimport events_of, regs_of, sregs_of
@@ -70,6 +72,7 @@ cdef extern from "_control.h" nogil:
 cdef enum:
     MAX_RETRIES = 1000        # of returns that say nothing, in a row
     DEFAULT_FAULT_LIMIT = 1000
+    MAX_TIMED_MS = 200        # of time_entries()
     KICK_SIGNAL_OFFSET = 5    # from SIGRTMIN: the C libraries take the first few
 
 KICK_SIGNAL = SIGRTMIN + KICK_SIGNAL_OFFSET
@@ -627,6 +630,57 @@ def ask_to_pause(Page page):
 def release_page(Page page):
     """The pause is over."""
     kvmexit_release(&page.c)
+
+
+def time_entries(Vcpu vcpu not None, size_t count):
+    """What KVM_RUN costs by itself: -> array("Q"), nanoseconds (CLOCK_MONOTONIC) that each of up to `count` entries took.
+
+    Internal. Runs to an exit that no handler takes, then re-enters natively for as long as exits of that reason come that
+    ask for nothing, 200 ms in all at most; these count as accepted. What ends it early is left to the next run(): another
+    exit, a kick, a failing entry. Empty where the first exit asks for an answer, or none came. Raises as run().
+    """
+    cdef kvmexit_vcpu *c = vcpu.c
+    cdef uint64_t before = 0, after = 0
+    cdef uint32_t reason
+    cdef size_t n = 0
+    times = array("Q", bytes(8 * count))
+    cdef uint64_t[::1] view = times
+    cdef uint64_t *time = &view[0] if count else NULL
+    vcpu.begin(MAX_TIMED_MS / 1000)
+    try:
+        if isinstance(vcpu.until_taken(False), Interrupted) or c.needs:
+            return array("Q")
+        reason = c.reason
+        c.seq += 1
+        with nogil:
+            while n < count:
+                c.run.exit_reason = KVMEXIT_REASON_SENTINEL
+                before = kvmexit_now_ns()
+                c.error = -c.enter(c)
+                after = kvmexit_now_ns()
+                c.entries += 1
+                if c.error == EINTR:
+                    c.completes = False
+                    if kvmexit_acknowledge(c) or after >= c.deadline_ns:
+                        break
+                    kvmexit_watch(c)  # a tick, or a timer set for an earlier run()
+                    continue
+                if c.error or c.run.exit_reason == KVMEXIT_REASON_SENTINEL:
+                    break  # a fault is raised anew, and so is an error
+                c.reason = c.run.exit_reason
+                c.completes = completes_on_entry(c.reason)
+                classify(c)
+                if c.reason != reason or c.needs:
+                    c.unsettled = True
+                    break
+                time[n] = after - before
+                n += 1
+        c.error = 0
+        vcpu.page.valid = vcpu.page.synced
+        PyErr_CheckSignals()
+        return times[:n]
+    finally:
+        vcpu.end()
 
 
 cdef uint64_t _nanoseconds(timeout) except? 0:

@@ -42,6 +42,24 @@ def vm(kvm):
         yield made
 
 
+@pytest.fixture
+def private_vm(kvm):
+    """A VM that has private memory."""
+    try:
+        made = kvmexit.VM(kvmexit.VMType.SW_PROTECTED)
+    except kvmexit.KvmError:
+        pytest.skip("this kernel has no VM type with private memory")
+    with made:
+        yield made
+
+
+def pytest_collection_modifyitems(items):
+    """Whatever runs a guest is marked so."""
+    for item in items:
+        if "kvm" in getattr(item, "fixturenames", ()):
+            item.add_marker("kvm")
+
+
 KERNEL = tuple(int(part) for part in platform.release().split(".")[:2])
 
 # Skips that are right on some machine; with KVMEXIT_STRICT_SKIPS=1 (.ci/run) any other fails the run.

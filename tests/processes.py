@@ -40,6 +40,11 @@ def compiled(tmp_path_factory, name):
     return library
 
 
+def preload(library):
+    """-> what puts a library in front of libc in an environment: behind what is preloaded already (tests/sanitize)."""
+    return {"LD_PRELOAD": " ".join([*os.environ.get("LD_PRELOAD", "").split(), str(library)])}
+
+
 def leaks():
     """-> what a leak would make grow: descriptors, mappings."""
     gc.collect()

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from guests import CODE, OUT_FOREVER, SPIN, load, stress
-from processes import compiled, in_thread, python
+from processes import compiled, in_thread, preload, python
 
 import kvmexit
 from kvmexit import Interrupted
@@ -209,7 +209,7 @@ import kvmexit
 from guests import load, SPIN
 
 NOTHING, ASK, SLEEP, INTERRUPT = range(4)
-lib = ctypes.CDLL(os.environ["LD_PRELOAD"])
+lib = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 vm = kvmexit.VM()
 vcpu = load(vm, SPIN)
 ask, acknowledged = os.eventfd(0), os.eventfd(0)
@@ -229,7 +229,7 @@ threading.Thread(target=answering, daemon=True).start()
 
 def interposed(interposer, code):
     """Run code with the interposer in front; it must print done."""
-    done = python(INTERPOSED + code, env={"LD_PRELOAD": str(interposer)})
+    done = python(INTERPOSED + code, env=preload(interposer))
     assert (done.stdout.strip(), done.returncode) == ("done", 0), done
 
 

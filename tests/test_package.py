@@ -1,6 +1,7 @@
 """The package as it is installed: what the burst is made of, what is documented, what importing costs and needs."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -112,7 +113,7 @@ assert threading.active_count() == 1
 def test_the_version_is_said_once():
     """The package's and the command's are the same."""
     done = subprocess.run([sys.executable, "-m", "kvmexit", "--version"], capture_output=True, text=True, check=True,
-                          env={"PYTHONPATH": ":".join(sys.path)})
+                          env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
     assert done.stdout.strip() == kvmexit.__version__
 
 
@@ -122,7 +123,7 @@ def test_the_demo_repairs_and_checks(scenario, request):
     if scenario != "scripted":
         request.getfixturevalue("kvm")
     done = subprocess.run([sys.executable, "-m", "kvmexit", "demo", "--scenario", scenario, "--pages", "64"],
-                          capture_output=True, text=True, check=False, env={"PYTHONPATH": ":".join(sys.path)})
+                          capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
     if "no guest_memfd that an ordinary VM can map" in done.stderr:
         pytest.skip("this kernel's guest_memfd has no MMAP and INIT_SHARED (KVM_CAP_GUEST_MEMFD_FLAGS)")
     if "no such VM type" in done.stderr:

@@ -23,12 +23,18 @@ cdef extern from *:
     /* 0, or ETIMEDOUT after so many milliseconds. */
     static inline int kvmexit_lock_for(pthread_mutex_t *mutex, unsigned ms)
     {
+    #ifdef __SANITIZE_THREAD__ /* gcc 12's runtime does not know pthread_mutex_clocklock(), and would see an unlock only */
+        const clockid_t clock = CLOCK_REALTIME;
+    #define pthread_mutex_clocklock(mutex, clock, until) pthread_mutex_timedlock(mutex, until)
+    #else
+        const clockid_t clock = CLOCK_MONOTONIC;
+    #endif
         struct timespec until;
-        clock_gettime(CLOCK_MONOTONIC, &until);
+        clock_gettime(clock, &until);
         until.tv_nsec += ms % 1000 * 1000000L;
         until.tv_sec += ms / 1000 + until.tv_nsec / 1000000000L;
         until.tv_nsec %= 1000000000L;
-        return pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &until);
+        return pthread_mutex_clocklock(mutex, clock, &until);
     }
     """
     ctypedef struct pthread_mutex_t:

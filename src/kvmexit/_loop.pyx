@@ -152,10 +152,20 @@ cdef Outcome interrupted(kvmexit_vcpu *c, bint drain) noexcept nogil:
         return KICKED
     if c.deadline_ns != KVMEXIT_NEVER and kvmexit_now_ns() >= c.deadline_ns:
         return TIMED_OUT
-    if request & KVMEXIT_REQUEST_PAUSE:
+    if request & KVMEXIT_REQUEST_PAUSE or outer_paused(c):
         return PAUSED
     kvmexit_watch(c)  # the timer may have been set for an earlier run()
     return LOOK if c.main_thread else AGAIN
+
+
+cdef bint outer_paused(kvmexit_vcpu *c) noexcept nogil:
+    """Whether the VM of a vCPU in whose handler this one runs is being paused."""
+    cdef kvmexit_vcpu *v = c.outer
+    while v != NULL:
+        if kvmexit_requests(v) & KVMEXIT_REQUEST_PAUSE:
+            return True
+        v = v.outer
+    return False
 
 
 cdef bint fault_repeats(kvmexit_vcpu *c) noexcept nogil:

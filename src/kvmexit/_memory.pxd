@@ -25,6 +25,7 @@ cdef class Slot:
 cdef class Memory:
     cdef Handle handle
     cdef object lock
+    cdef object still          # in whose with block guests find memslots changing
     cdef object vm_type
     cdef bint region2
     cdef readonly tuple slots  # by gpa

@@ -232,6 +232,7 @@ cdef class Memory:
         self.slots = ()
         self.vcpus = vcpus
         self.rebinds = isinstance(backend, SlotRebind)
+        self.still = Paused(vcpus if self.rebinds else None)
         self.conversions = Conversions(handle, backend, [index(number) for number in numbers])
         self.converter = &self.conversions.c
 
@@ -280,7 +281,7 @@ cdef class Memory:
         slot = Slot.__new__(Slot)
         slot.gpa, slot.size, slot.readonly, slot.log_dirty = gpa, size, readonly, log_dirty
         slot.region.first, slot.region.last = slot.gpa, slot.gpa + (slot.size - 1)
-        with self.lock:
+        with self.still, self.lock:  # in this order: who pauses waits for handlers, which may wait for the lock
             self.handle.check()
             self._check_free(gpa, size)
             if guest_memfd:
@@ -316,7 +317,7 @@ cdef class Memory:
         is still there then.
         """
         cdef Slot gone
-        with self.lock:
+        with self.still, self.lock:  # in this order: who pauses waits for handlers, which may wait for the lock
             self.handle.check()
             if isinstance(slot, Slot):
                 found = slot
@@ -723,6 +724,21 @@ cdef class Memory:
                     f"{done} of {n} bytes done")
             done += moved
         return 0
+
+
+class Paused:
+    """For the length of a with block the vCPUs stand still, if there are any to stop."""
+
+    def __init__(self, vcpus):
+        self.vcpus = vcpus
+
+    def __enter__(self):
+        if self.vcpus is not None:
+            self.vcpus.pause()
+
+    def __exit__(self, *exc_info):
+        if self.vcpus is not None:
+            self.vcpus.resume()
 
 
 cdef char *map_shared(int fd, size_t size) except NULL:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EINTR, ENODATA
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
@@ -18,8 +18,14 @@ cdef extern from "<sched.h>" nogil:
 cdef extern from *:
     """
     #define kvmexit_load_immediate_exit(run) __atomic_load_n(&(run)->immediate_exit, __ATOMIC_SEQ_CST)
+    #define kvmexit_load_request(c) __atomic_load_n(&(c)->request, __ATOMIC_SEQ_CST)
+    #define kvmexit_load_count(count) __atomic_load_n(count, __ATOMIC_ACQUIRE)
+    #define kvmexit_store_count(count, value) __atomic_store_n(count, value, __ATOMIC_RELEASE)
     """
     int kvmexit_load_immediate_exit(kvm_run *) nogil
+    uint32_t kvmexit_load_request(kvmexit_vcpu *) nogil
+    size_t kvmexit_load_count(size_t *) nogil  # Script's properties are looked at while a thread runs the script
+    void kvmexit_store_count(size_t *, size_t) nogil
 
 
 cdef enum:
@@ -54,8 +60,8 @@ cdef int enter_scripted(kvmexit_vcpu *c) noexcept nogil:
     cdef kvm_run *run = c.run
     cdef bint completing
     if p.keep and p.entered < MAX_ENTRIES:
-        p.entries[p.entered] = Entry(run.immediate_exit, run.kvm_dirty_regs)
-        p.entered += 1
+        p.entries[p.entered] = Entry(kvmexit_load_immediate_exit(run), run.kvm_dirty_regs)
+        kvmexit_store_count(&p.entered, p.entered + 1)
     run.kvm_dirty_regs = 0
     completing = p.open >= 0
     if completing:
@@ -71,13 +77,13 @@ cdef int enter_scripted(kvmexit_vcpu *c) noexcept nogil:
         if p.repeat <= 1:
             return -ENODATA
         p.repeat -= 1
-        p.position = 0
+        kvmexit_store_count(&p.position, 0)
     step = &p.steps[p.position]
     if step.spin:
         while not kvmexit_load_immediate_exit(run):
             sched_yield()
-        if c.request:
-            p.position += 1  # a kick moves the guest on; a tick or a time-out does not
+        if kvmexit_load_request(c):
+            kvmexit_store_count(&p.position, p.position + 1)  # a kick moves the guest on; a tick or a time-out does not
         return -EINTR
     if step.reason >= 0:
         run.exit_reason = <uint32_t>step.reason
@@ -88,7 +94,7 @@ cdef int enter_scripted(kvmexit_vcpu *c) noexcept nogil:
         memcpy(<char *>run + PAGE, p.arena + step.data, step.data_size)
     if step.error == 0:
         p.open = <long>p.position
-    p.position += 1
+    kvmexit_store_count(&p.position, p.position + 1)
     return -step.error
 
 
@@ -153,12 +159,12 @@ cdef class Script:
     def entries(self):
         """-> (immediate_exit, kvm_dirty_regs) at each entry, the first 4096 of them."""
         return [(self.program.entries[i].immediate_exit, self.program.entries[i].dirty_regs)
-                for i in range(self.program.entered)]
+                for i in range(kvmexit_load_count(&self.program.entered))]
 
     @property
     def position(self):
         """How many steps have been given out in this pass."""
-        return self.program.position
+        return kvmexit_load_count(&self.program.position)
 
 
 def scripted_page(Script script):

@@ -4,12 +4,12 @@ from kvmexit._page cimport Page
 
 cdef class Vcpus:
     cdef Handle handle        # of the VM
-    cdef object lock
-    cdef object weak_pages
+    cdef list weak_pages
+    cdef object __weakref__
     cdef readonly int pauses  # in effect or asked for
     cdef dict granted         # thread identity -> how many of its pauses are in effect
 
-    cdef bint stopped(self, unsigned long me, bint in_handler)
+    cdef bint stopped(self, unsigned long me, list held)
     cdef int ask(self) except -1
 
 

@@ -7,10 +7,15 @@ and one that begins later sees the bit and parks first.
 
 Two handlers that pause at the same time would wait for each other for ever. So a thread that waits in pause() counts as
 stopped, and a handler's pause takes effect only while nobody else's is.
+
+Nothing here that changes what others see runs Python code: so it happens at once for other threads, and no exception of a
+signal handler, Ctrl-C first of all, leaves it half done. Nor is there a lock that a forked child could find taken.
 """
 
-import threading
 import weakref
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport uint32_t
 
 from kvmexit._ioctl cimport Handle
 from kvmexit._page cimport Page
@@ -19,16 +24,53 @@ from kvmexit.errors import Error, KvmError
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() nogil
 
+cdef extern from *:
+    """
+    #include <limits.h>
+    #include <linux/futex.h>
+    #include <stdint.h>
+    #include <sys/syscall.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    static uint32_t kvmexit_changes; /* a vCPU of any VM came to stand still, or a pause ended */
+
+    static void kvmexit_changed(void)
+    {
+        __atomic_fetch_add(&kvmexit_changes, 1, __ATOMIC_SEQ_CST);
+        syscall(SYS_futex, &kvmexit_changes, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    }
+
+    static int kvmexit_await_change(uint32_t seen, long ms)
+    {
+        struct timespec t = {ms / 1000, ms % 1000 * 1000000};
+        return (int)syscall(SYS_futex, &kvmexit_changes, FUTEX_WAIT_PRIVATE, seen, &t, NULL, 0);
+    }
+    """
+    uint32_t kvmexit_changes
+    void kvmexit_changed()
+    int kvmexit_await_change(uint32_t, long) nogil
+
 
 _AGAIN_S = 0.1  # asked once more after so long: a signal may have found the queue full, or been deferred
-_changed = threading.Condition()  # a vCPU of any VM came to stand still, or a pause ended
+cdef list _all = []  # weak references to the Vcpus there are
+cdef object _loop = None  # the module that has the thread-local state, which imports this one
 
 
 cdef int stopped_one() except -1:
     """Tell who waits in pause() that a vCPU came to stand still."""
-    with _changed:
-        _changed.notify_all()
+    kvmexit_changed()
     return 0
+
+
+cdef list alive(list references):
+    """-> what weak references still refer to; the others go from the list."""
+    cdef list found = []
+    for reference in references:
+        thing = reference()
+        if thing is not None:
+            found.append(thing)
+    return found
 
 
 cdef class Vcpus:
@@ -36,94 +78,104 @@ cdef class Vcpus:
 
     def __init__(self, Handle handle):
         self.handle = handle
-        self.lock = threading.RLock()
-        self.weak_pages = weakref.WeakSet()
+        self.weak_pages = []
         self.granted = {}
+        _all[:] = [reference for reference in _all if reference() is not None]
+        _all.append(weakref.ref(self))
 
     def pages(self):
         """The Pages there are."""
-        with self.lock:
-            return list(self.weak_pages)
+        return alive(self.weak_pages)
 
     def add(self, Page page):
         """A new vCPU; Error where the VM is closed."""
-        with self.lock:
-            self.handle.check()
-            self.weak_pages.add(page)
+        global _loop
+        if _loop is None:
+            from kvmexit import _loop as module
+            _loop = module
+        reference = weakref.ref(page)
+        self.handle.check()
+        self.weak_pages = [ref for ref in self.weak_pages if ref() is not None] + [reference]
         if self.pauses:
-            _control().ask_to_pause(page)
+            _loop.ask_to_pause(page)
 
     def pause(self):
         """See VM.pause()."""
         cdef unsigned long me = PyThread_get_thread_ident()
-        cdef list mine
-        with _changed:
-            self.handle.check()
-            mine = [page for page in self.pages() if (<Page>page).owner == me]
-            self.pauses += 1
-            try:
-                for page in mine:
-                    (<Page>page).c.parked = True
-                _changed.notify_all()
-                self.ask()
-                while not self.stopped(me, len(mine) > 0):
-                    if not _changed.wait(_AGAIN_S):
-                        self.ask()
-                    self.handle.check()
-            except BaseException:
-                self.end()
-                raise
-            finally:
-                for page in mine:
-                    (<Page>page).c.parked = False
+        cdef list mine = [], held = []
+        cdef uint32_t seen
+        cdef long again = <long>(_AGAIN_S * 1000)
+        cdef Vcpus vcpus
+        self.handle.check()
+        for vcpus in alive(_all):
+            pages = [page for page in alive(vcpus.weak_pages) if (<Page>page).owner == me]
+            if pages:
+                mine += pages
+                held.append(vcpus)
+        self.pauses += 1
+        try:
+            for page in mine:
+                (<Page>page).c.parked = True
+            kvmexit_changed()
+            self.ask()
+            while True:
+                seen = kvmexit_changes
+                if self.stopped(me, held):
+                    break
+                with nogil:
+                    kvmexit_await_change(seen, again)
+                PyErr_CheckSignals()
+                self.handle.check()
+                if seen == kvmexit_changes:
+                    self.ask()
             self.granted[me] = self.granted.get(me, 0) + 1
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            for page in mine:
+                (<Page>page).c.parked = False
 
     def resume(self):
         """See VM.resume()."""
-        with _changed:
-            self.handle.check()
-            if not self.granted:
-                raise Error("resume() without a pause() in effect")
-            me = PyThread_get_thread_ident()
-            holder = me if me in self.granted else next(iter(self.granted))
-            self.granted[holder] -= 1
-            if not self.granted[holder]:
-                del self.granted[holder]
-            self.end()
+        self.handle.check()
+        if not self.granted:
+            raise Error("resume() without a pause() in effect")
+        me = PyThread_get_thread_ident()
+        holder = me if me in self.granted else next(iter(self.granted))
+        self.granted[holder] -= 1
+        if not self.granted[holder]:
+            del self.granted[holder]
+        self.end()
 
     def end(self):
         """One pause less; the last one lets the vCPUs go."""
-        with _changed:
-            self.pauses -= 1
-            if not self.pauses:
-                for page in self.pages():
-                    _control().release_page(page)
-            _changed.notify_all()
+        self.pauses -= 1
+        if not self.pauses:
+            self.release()
+        kvmexit_changed()
 
     def release(self):
         """The VM is being closed: no pause holds any longer."""
-        with _changed:
-            for page in self.pages():
-                _control().release_page(page)
-            _changed.notify_all()
+        for page in alive(self.weak_pages):
+            _loop.release_page(page)
+        kvmexit_changed()
 
-    cdef bint stopped(self, unsigned long me, bint in_handler):
-        """Whether all vCPUs but ours stand still, and, for a handler, nobody else's pause is in effect."""
-        for page in self.pages():
+    cdef bint stopped(self, unsigned long me, list held):
+        """Whether all vCPUs but ours stand still, and nobody else's pause is in effect in the VMs whose handlers we are."""
+        cdef Vcpus vcpus
+        for page in alive(self.weak_pages):
             if (<Page>page).owner and (<Page>page).owner != me and not (<Page>page).c.parked:
                 return False
-        return not in_handler or not self.granted or list(self.granted) == [me]
+        for vcpus in held:
+            if vcpus.granted and list(vcpus.granted) != [me]:
+                return False
+        return True
 
     cdef int ask(self) except -1:
-        for page in self.pages():
+        for page in alive(self.weak_pages):
             try:
-                _control().ask_to_pause(page)
+                _loop.ask_to_pause(page)
             except KvmError:
                 pass  # the signal queue is full: again in a moment
         return 0
-
-
-def _control():
-    """The module that has the thread-local state, which imports this one."""
-    from kvmexit import _loop
-    return _loop

@@ -294,10 +294,17 @@ cdef Result refuse(Converter *c, uint64_t first, uint64_t last) noexcept nogil:
 cdef Result convert_chunk(Converter *c, uint64_t first, uint64_t last, bint private) noexcept nogil:
     """Convert [first, last], or its first CHUNK: `at` says up to where every page has the wanted state."""
     cdef Result result
-    if last - first >= CHUNK:
-        last = (first | (CHUNK - 1))
+    cdef size_t i
     if kvmexit_lock_for(&c.lock, LOCK_WAIT_MS) != 0:
         return Result(BUSY, 0, first, first)
+    if not private:  # over a hole in one step: a guest may ask for all of 2**64
+        i = position(c, first)
+        if i == c.count or c.regions[i].first > last:
+            pthread_mutex_unlock(&c.lock)
+            return Result(DONE, 0, last, last)
+        first = max(first, c.regions[i].first)
+    if last - first >= CHUNK:
+        last = first | (CHUNK - 1)
     result = Result(DONE, 0, last, last)
     if private:
         result = refuse(c, first, last)

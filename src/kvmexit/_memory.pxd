@@ -35,7 +35,7 @@ cdef class Memory:
     cdef bint rebinds          # the backend is SlotRebind
     cdef Vcpus vcpus
 
-    cdef int convert_steps(self, uint64_t first, uint64_t size, bint private) except -1
+    cdef int convert_steps(self, uint64_t first, uint64_t last, bint private) except -1
     cdef int look_around(self) except -1
     cdef int _reserve_number(self) except -2
     cdef int _release_number(self, uint32_t number) except -1

@@ -232,7 +232,7 @@ cdef class Memory:
         self.slots = ()
         self.vcpus = vcpus
         self.rebinds = isinstance(backend, SlotRebind)
-        self.still = Paused(vcpus if self.rebinds else None)
+        self.still = _Paused(vcpus if self.rebinds else None)
         self.conversions = Conversions(handle, backend, [index(number) for number in numbers])
         self.converter = &self.conversions.c
 
@@ -356,16 +356,17 @@ cdef class Memory:
             raise TypeError(f"private {private!r} must be True or False")
         self.handle.check()
         if not self.rebinds:
-            self.convert_steps(gpa, size, private)
+            self.convert_steps(gpa, gpa + size - 1, private)
             return
         self.vcpus.pause()  # a memslot is not there for a moment
         try:
-            self.convert_steps(gpa, size, private)
+            self.convert_steps(gpa, gpa + size - 1, private)
         finally:
             self.vcpus.resume()
 
-    cdef int convert_steps(self, uint64_t first, uint64_t size, bint private) except -1:
-        cdef uint64_t last = first + (size - 1), at = first
+    cdef int convert_steps(self, uint64_t first, uint64_t last, bint private) except -1:
+        cdef uint64_t at = first
+        size = int(last) - first + 1  # up to 2**64: a guest may ask for everything there is
         cdef Result result
         self.handle.users += 1  # close() waits
         try:
@@ -726,7 +727,7 @@ cdef class Memory:
         return 0
 
 
-class Paused:
+class _Paused:
     """For the length of a with block the vCPUs stand still, if there are any to stop."""
 
     def __init__(self, vcpus):

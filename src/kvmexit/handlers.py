@@ -69,7 +69,7 @@ def map_gpa_range(vcpu: Vcpu, hypercall: Hypercall) -> object:
     """A handler for `on_hypercall(12)`: the guest asks by KVM_HC_MAP_GPA_RANGE that a range become private or shared.
 
     The guest gets 0; EINVAL for a range that cannot be converted (rubbish; no slot or no guest_memfd where it is to be
-    private); EAGAIN where the kernel had no memory or was busy, and asking again goes on from there. In a plain VM errors
+    private); EAGAIN where the kernel had no memory or was busy: asking again goes on from there. In a plain VM errors
     are negative, in SNP and TDX VMs positive, as KVM takes them there. An MMIO hole is shared already: success.
 
     Raises ConversionError for other failures: they are the host's. Source: Documentation/virt/kvm/x86/hypercalls.rst;

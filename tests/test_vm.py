@@ -418,20 +418,24 @@ def test_other_machines_are_told_apart(monkeypatch, platform, machine):
 def test_signals_do_not_keep_a_vm_from_being_created(kvm):
     """KVM_CREATE_VM is EINTR then; what a handler raises comes out, and nothing is left."""
     done = python("""
-import os, signal, kvmexit
+import os, signal, time, kvmexit
+from guests import stress
 def handle(number, frame):
     if raising:
         raise InterruptedError("by the handler")
 raising = False
 signal.signal(signal.SIGALRM, handle)
 signal.siginterrupt(signal.SIGALRM, False)
-signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-for _ in range(500):
+began = time.monotonic()
+kvmexit.VM().close()
+often = max(0.001, 5 * (time.monotonic() - began))  # where a VM takes longer than this, no attempt would ever succeed
+signal.setitimer(signal.ITIMER_REAL, often, often)
+for _ in range(stress(500)):
     kvmexit.VM().close()
 signal.setitimer(signal.ITIMER_REAL, 0)
 before = len(os.listdir("/proc/self/fd"))
 raising = True
-signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+signal.setitimer(signal.ITIMER_REAL, often, often)
 try:
     while True:
         kvmexit.VM().close()

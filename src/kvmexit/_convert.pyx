@@ -319,7 +319,7 @@ cdef Result change(Converter *c, uint64_t first, uint64_t last, bint private, bi
     other. The lock is held. Where there is no region everything is shared already."""
     cdef Result result
     cdef Region *r
-    cdef uint64_t page, end, run_last
+    cdef uint64_t page, end, run_last = last
     cdef size_t i = position(c, first), n
     while i < c.count and c.regions[i].first <= last:
         r = c.regions[i]

@@ -420,7 +420,7 @@ cdef class Memory:
         """-> a list of MemoryRange(gpa, size, private): the slots' memory as runs of one state, as long as they can be, by
         address. Left out: holes, and pages of an adopted VM that were not converted yet."""
         cdef Run *runs = NULL
-        cdef size_t count = 0, i
+        cdef size_t count = 0
         cdef Step step
         while True:
             self.handle.check()
@@ -765,7 +765,7 @@ def _is_shared(address, size):
     with open("/proc/self/maps") as maps:
         for line in maps:
             span, permissions = line.split()[:2]
-            first, end = (int(part, 16) for part in span.split("-"))
+            first, end = [int(part, 16) for part in span.split("-")]
             if first < address + size and address < end:
                 kinds.add(permissions[3] == "s")
     if len(kinds) != 1:

@@ -536,7 +536,7 @@ def test_handlers_that_pause_exclude_each_other(request, kind, hectic):
     vm.on_pio(0x80, 1, lambda vcpu, io: critical(vcpu.id))
     with running(*vcpus):
         end = time.monotonic() + STRESS
-        while time.monotonic() < end:
+        while time.monotonic() < end or rounds[2] < 3:
             ended(begin(critical, 2))
             time.sleep(0.001)
         until(lambda: min(rounds) > 2)
@@ -679,6 +679,32 @@ def test_an_inner_run_parked_for_its_own_vm(scripted, other, outer_too):
     assert [type(result) for result in results] == [kvmexit.Hlt if outer_too else Interrupted]
 
 
+@pytest.mark.parametrize("target", ["outer", "inner"])
+def test_an_inner_run_does_not_wait_for_its_own_threads_pause(scripted, other, target):
+    """Of the outer's VM it would, with nothing to end it: an Error. One of its own VM it parks for: somebody may resume it."""
+    inner, outer = other.create_vcpu(0, [hlt()]), scripted.create_vcpu(0, [pio_out(1, b"x"), hlt()])
+    results = []
+
+    @scripted.on_pio(1)
+    def handler(vcpu, io):
+        vm = scripted if target == "outer" else other
+        vm.pause()
+        try:
+            results.append(inner.run(SHORT))
+        except kvmexit.Error as error:
+            results.append(str(error))
+        vm.resume()
+
+    assert isinstance(ended(begin(outer.run)), kvmexit.Hlt)
+    if target == "outer":
+        assert "this thread's own pause(): resume() first" in results[0]
+    else:
+        assert results[0].cause == "timeout"
+    assert entered(inner) == 0
+    assert not scripted.paused
+    assert not other.paused
+
+
 # ---- close() ----
 
 
@@ -771,6 +797,88 @@ def test_an_interrupted_pause_is_undone(scripted, others):
         ended(*pauses, begin(scripted.pause))
         if others:
             assert (entered(vcpus[1]), entered(vcpus[0])) == (before, 2)
+
+
+def test_an_interrupted_handler_goes_on_only_when_others_have_resumed(scripted, other):
+    """A thread's pause was granted because this handler waits in its own: the exception comes after that pause."""
+    gate, told, came = Gate(other), [], []
+    busy = gate.vcpu(other)
+    vcpu = scripted.create_vcpu(0, [pio_out(1, b"x"), hlt()])
+
+    def somebody():
+        scripted.pause()
+        came.append("paused")
+        until(lambda: told)
+        time.sleep(SHORT)  # in which the exception would have come
+        came.append("resumed")
+        scripted.resume()
+
+    @scripted.on_pio(1)
+    def handler(vcpu, io):
+        thread = begin(somebody)
+        with alarm(lambda: (until(lambda: came), told.append(True), ring())), pytest.raises(Rung):
+            other.pause()
+        came.append("raised")
+        ended(thread)
+
+    with running(busy):
+        until(lambda: gate.asked)
+        assert isinstance(vcpu.run(timeout=LONG), kvmexit.Hlt)
+        gate.go.set()
+    assert came == ["paused", "resumed", "raised"]
+    assert not scripted.paused
+    assert not other.paused
+
+
+def test_an_exception_leaves_an_inner_run_only_when_the_outers_vm_is_resumed(scripted, other):
+    """As a kick does: it would come to a handler that has to stand still."""
+    told, came = [], []
+    inner = other.create_vcpu(0, [FOR_EVER] * 9)
+    outer = scripted.create_vcpu(0, [pio_out(1, b"x"), hlt()])
+
+    def somebody():
+        scripted.pause()
+        until(lambda: told)
+        time.sleep(SHORT)
+        came.append("resumed")
+        scripted.resume()
+
+    @scripted.on_pio(1)
+    def handler(vcpu, io):
+        thread = begin(somebody)
+        until(lambda: scripted.paused)
+        with alarm(lambda: (told.append(True), ring())), pytest.raises(Rung):
+            inner.run()
+        came.append("raised")
+        ended(thread)
+
+    assert isinstance(outer.run(timeout=LONG), kvmexit.Hlt)
+    assert came == ["resumed", "raised"]
+    assert entered(inner) == 0
+
+
+def test_a_signal_handler_that_pauses_leaves_its_run_parked(scripted):
+    """Its pause() took the mark of the parked run with it; the next one to pause must find that again."""
+    vcpu = scripted.create_vcpu(0, [FOR_EVER] * 9)
+    looked = []
+
+    def look():
+        scripted.pause()
+        scripted.resume()
+        looked.append(True)
+
+    def somebody():
+        until(lambda: looked)
+        scripted.pause()
+        scripted.resume()
+        scripted.resume()  # the first one
+        vcpu.kick()
+
+    scripted.pause()
+    thread = begin(somebody)
+    with alarm(look):
+        assert vcpu.run(timeout=LONG).cause == "kick"
+    ended(thread)
 
 
 @pytest.mark.kvm

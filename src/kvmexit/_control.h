@@ -2,7 +2,8 @@
  * What reaches a running vCPU from other threads and from signal handlers: kicks, time-outs and the tick for Ctrl-C.
  * Part of _loop.pyx alone: the thread-local state below must exist once.
  *
- * The protocol, in full (docs/control.md argues it at length):
+ * The protocol, in full (docs/control.md argues it at length; K1, P5 and the like, here and in the code, are lines of the
+ * models in docs/protocols, whose table says what breaks without each):
  *
  *   kick():         request |= KICK;  immediate_exit = 1;  tgkill(the thread inside run(), if any)
  *   signal handler: immediate_exit of this thread's current vCPU = 1
@@ -214,7 +215,7 @@ static int kvmexit_begin(struct kvmexit_vcpu *v, uint64_t timeout_ns, int main_t
      * fired before is in the past by then and armed anew. */
     t->current = v;
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
-    __atomic_store_n(&v->tid, t->tid, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&v->tid, t->tid, __ATOMIC_SEQ_CST); /* K4: before the first entry */
     v->deadline_ns = KVMEXIT_NEVER;
     if (timeout_ns != KVMEXIT_NEVER) {
         uint64_t now = kvmexit_now_ns();
@@ -238,9 +239,9 @@ static int kvmexit_begin(struct kvmexit_vcpu *v, uint64_t timeout_ns, int main_t
 static inline int kvmexit_ask(struct kvmexit_vcpu *v, uint32_t request)
 {
     int32_t tid;
-    __atomic_fetch_or(&v->request, request, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-    tid = __atomic_load_n(&v->tid, __ATOMIC_SEQ_CST);
+    __atomic_fetch_or(&v->request, request, __ATOMIC_SEQ_CST);      /* K1: first of all */
+    __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST); /* K3: not left to the signal handler alone */
+    tid = __atomic_load_n(&v->tid, __ATOMIC_SEQ_CST);               /* K2: after both stores */
     /* The thread may have left run(), or ended, since: then the signal finds no current vCPU, or nobody (ESRCH). */
     if (tid && syscall(SYS_tgkill, v->pid, tid, kvmexit_signal) != 0 && errno != ESRCH)
         return errno;
@@ -250,7 +251,7 @@ static inline int kvmexit_ask(struct kvmexit_vcpu *v, uint32_t request)
 /* The pause is over. */
 static inline void kvmexit_release(struct kvmexit_vcpu *v)
 {
-    __atomic_fetch_and(&v->request, ~KVMEXIT_REQUEST_PAUSE, __ATOMIC_SEQ_CST);
+    __atomic_fetch_and(&v->request, ~KVMEXIT_REQUEST_PAUSE, __ATOMIC_SEQ_CST); /* P8: before the wake */
     syscall(SYS_futex, &v->request, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 }
 
@@ -261,7 +262,8 @@ static inline uint32_t kvmexit_requests(const struct kvmexit_vcpu *v)
 
 /*
  * Wait, in run(), until `v->request` is no longer `seen`, until a signal, the deadline of `own` or a tick. A kick cannot come
- * to nothing between the look at the word and the wait: the kernel compares the word once more.
+ * to nothing between the look at the word and the wait: the kernel compares the word once more (P13). A signal: tid stays
+ * published, so a kick's reaches the thread here, too (P16).
  */
 static inline void kvmexit_wait(struct kvmexit_vcpu *v, uint32_t seen, const struct kvmexit_vcpu *own)
 {
@@ -278,21 +280,21 @@ static inline void kvmexit_wait(struct kvmexit_vcpu *v, uint32_t seen, const str
 
 /* ---- the burst's side ---- */
 
-/* Before each burst: complete() may have spent the immediate_exit of a request that is still open. */
+/* K5, before each burst: complete() may have spent the immediate_exit of a request that is still open. */
 static inline void kvmexit_renew(struct kvmexit_vcpu *v)
 {
     if (__atomic_load_n(&v->request, __ATOMIC_SEQ_CST))
         __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
 }
 
-/* On EINTR. The exchange comes first: see the top of this file. */
+/* On EINTR. K6: the exchange comes first. */
 static inline uint32_t kvmexit_acknowledge(struct kvmexit_vcpu *v)
 {
     __atomic_exchange_n(&v->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
     return __atomic_load_n(&v->request, __ATOMIC_SEQ_CST);
 }
 
-/* The return that says "kick" consumes every kick before it. */
+/* K9: the return that says "kick" consumes every kick before it. */
 static inline void kvmexit_consume_kick(struct kvmexit_vcpu *v)
 {
     __atomic_fetch_and(&v->request, ~KVMEXIT_REQUEST_KICK, __ATOMIC_SEQ_CST);

@@ -29,7 +29,7 @@ from kvmexit._uapi cimport (
     KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_GET_REGS, KVM_INTERRUPT, KVM_NMI, KVM_RUN,
     KVM_MEMORY_EXIT_FLAG_PRIVATE, KVMEXIT_REASON_SENTINEL, kvm_interrupt, kvm_regs,
 )
-from kvmexit._vcpus cimport stopped_one
+from kvmexit._vcpus cimport paused_by, stopped_one
 from kvmexit._vm cimport VM
 from kvmexit._ioctl import generic_ioctl
 from kvmexit._vm import VMType
@@ -146,10 +146,10 @@ cdef Outcome interrupted(kvmexit_vcpu *c, bint drain) noexcept nogil:
     cdef uint32_t request = kvmexit_acknowledge(c)
     if drain:
         kvmexit_watch(c)  # the immediate_exit just spent may have been the timer's
-        return DRAINED    # an open request stays open: kvmexit_renew() sees to it before the next entry
+        return DRAINED    # K7: an open request stays open: kvmexit_renew() sees to it before the next entry
     if request & KVMEXIT_REQUEST_KICK:
         kvmexit_consume_kick(c)
-        return KICKED
+        return KICKED     # K8: said by the request alone
     if c.deadline_ns != KVMEXIT_NEVER and kvmexit_now_ns() >= c.deadline_ns:
         return TIMED_OUT
     if request & KVMEXIT_REQUEST_PAUSE or outer_paused(c):
@@ -235,7 +235,7 @@ cdef class Vcpu:
         cdef Outcome outcome
         self.begin(timeout)
         try:
-            outcome = self.park()  # a pause before us: nothing is entered, and no handler called
+            outcome = self.park()  # P6: a pause before us: nothing is entered, and no handler called
             return self.until_taken(False) if outcome == AGAIN else self.interruption(outcome)
         finally:
             self.end()
@@ -273,11 +273,11 @@ cdef class Vcpu:
                                                         " in another thread: kick() it, and wait for that run() to return"))
         if kvmexit_begin(&self.page.c, timeout_ns, me == self.main_thread) != 0:
             raise KvmError(errno, "timer_create", "too many timers or queued signals (RLIMIT_SIGPENDING)")
-        self.page.owner = me
+        self.page.owner = me  # P5: before the first look at the requests; in one section with it
         return 0
 
     cdef int end(self) except -1:
-        self.page.owner = 0
+        self.page.owner = 0  # P15: then who waits in pause() is told
         kvmexit_end(&self.page.c)
         if kvmexit_requests(&self.page.c) & KVMEXIT_REQUEST_PAUSE:
             stopped_one()
@@ -287,16 +287,16 @@ cdef class Vcpu:
         """Stand still while the VM is paused. AGAIN: go on; or KICKED, TIMED_OUT.
 
         A run() inside another vCPU's handler keeps that one standing, too, so it goes on only when none of them is paused,
-        and heeds its own kick and deadline only then.
+        and heeds its own kick, its deadline and exceptions only then (P18).
         """
         cdef kvmexit_vcpu *own = self.c
         cdef kvmexit_vcpu *v
         cdef kvmexit_vcpu *paused
         cdef uint32_t seen, requests
-        cdef bint parked = False
+        exception = None
         try:
             while True:
-                seen = kvmexit_requests(own)
+                seen = kvmexit_requests(own)  # P10: looked at, and parked stored, each time round
                 paused = own if seen & KVMEXIT_REQUEST_PAUSE else NULL
                 v = own.outer
                 while v != NULL:
@@ -304,6 +304,8 @@ cdef class Vcpu:
                     if requests & KVMEXIT_REQUEST_PAUSE:
                         paused, seen = v, requests
                     v = v.outer
+                if exception is not None and (paused == NULL or paused == own):
+                    raise exception
                 if paused == NULL:
                     return AGAIN
                 if paused == own and seen & KVMEXIT_REQUEST_KICK:
@@ -311,15 +313,21 @@ cdef class Vcpu:
                     return KICKED
                 if paused == own and kvmexit_now_ns() >= own.deadline_ns:
                     return TIMED_OUT
-                if not parked:
-                    parked = True
+                if paused != own and paused_by(self.page.owner, self.page):
+                    raise Error(
+                        "run() inside a handler of a paused VM would wait for this thread's own pause(): resume() first")
+                if not own.parked:  # else who waits in pause() knows
                     set_parked(own, True)
-                    stopped_one()
+                    stopped_one()  # P12: after the store
                 with nogil:
                     kvmexit_wait(paused, seen, own)
-                PyErr_CheckSignals()
+                if exception is None:  # else further signals stay pending
+                    try:
+                        PyErr_CheckSignals()
+                    except BaseException as error:
+                        exception = error
         finally:
-            set_parked(own, False)
+            set_parked(own, False)  # P11: on every way out
 
     cdef Exit interruption(self, Outcome outcome):
         return make_interrupted(self.page, "kick" if outcome == KICKED else "timeout")
@@ -611,7 +619,7 @@ cdef class Vcpu:
 
 
 cdef void set_parked(kvmexit_vcpu *v, bint parked) noexcept:
-    """Of a vCPU and those whose handlers it runs in."""
+    """Of a vCPU and those whose handlers it runs in (P17)."""
     while v != NULL:
         v.parked = parked
         v = v.outer

@@ -9,8 +9,10 @@ cdef class Vcpus:
     cdef readonly int pauses  # in effect or asked for
     cdef dict granted         # thread identity -> how many of its pauses are in effect
 
-    cdef bint stopped(self, unsigned long me, list held)
+    cdef list run_by(self, unsigned long me)
+    cdef bint stopped(self, unsigned long me)
     cdef int ask(self) except -1
 
 
 cdef int stopped_one() except -1
+cdef bint paused_by(unsigned long me, Page own)

@@ -73,6 +73,27 @@ cdef list alive(list references):
     return found
 
 
+cdef bint alone(unsigned long me, list held):
+    """Whether nobody else's pause is in effect in these VMs, in whose handlers a thread is.
+
+    P1: such a pause was granted because that thread's vCPUs were parked.
+    """
+    cdef Vcpus vcpus
+    for vcpus in held:
+        if vcpus.granted and list(vcpus.granted) != [me]:
+            return False
+    return True
+
+
+cdef bint paused_by(unsigned long me, Page own):
+    """Whether a thread holds a pause of a VM in whose handlers it is, beside the run() of `own`."""
+    cdef Vcpus vcpus
+    for vcpus in alive(_all):
+        if me in vcpus.granted and [page for page in vcpus.run_by(me) if page is not own]:
+            return True
+    return False
+
+
 cdef class Vcpus:
     """Internal: what VM and Memory share of the vCPUs."""
 
@@ -97,7 +118,7 @@ cdef class Vcpus:
         self.handle.check()
         self.weak_pages = [ref for ref in self.weak_pages if ref() is not None] + [reference]
         if self.pauses:
-            _loop.ask_to_pause(page)
+            _loop.ask_to_pause(page)  # P14: a vCPU made while the VM is paused is paused
 
     def pause(self):
         """See VM.pause()."""
@@ -108,19 +129,19 @@ cdef class Vcpus:
         cdef Vcpus vcpus
         self.handle.check()
         for vcpus in alive(_all):
-            pages = [page for page in alive(vcpus.weak_pages) if (<Page>page).owner == me]
+            pages = vcpus.run_by(me)
             if pages:
                 mine += pages
                 held.append(vcpus)
         self.pauses += 1
         try:
             for page in mine:
-                (<Page>page).c.parked = True
+                (<Page>page).c.parked = True  # P2: as good as parked, or two handlers would wait for each other
             kvmexit_changed()
             self.ask()
             while True:
                 seen = kvmexit_changes
-                if self.stopped(me, held):
+                if alone(me, held) and self.stopped(me):
                     break
                 with nogil:
                     kvmexit_await_change(seen, again)
@@ -128,13 +149,19 @@ cdef class Vcpus:
                 self.handle.check()
                 if seen == kvmexit_changes:
                     self.ask()
-            self.granted[me] = self.granted.get(me, 0) + 1
         except BaseException:
-            self.end()
+            self.end()  # P4: taken back at once; but no handler goes on under another's pause, not even with an exception
+            while True:
+                seen = kvmexit_changes
+                if alone(me, held):
+                    break
+                with nogil:
+                    kvmexit_await_change(seen, again)
             raise
         finally:
             for page in mine:
-                (<Page>page).c.parked = False
+                (<Page>page).c.parked = False  # P3: in the section that grants
+        self.granted[me] = self.granted.get(me, 0) + 1
 
     def resume(self):
         """See VM.resume()."""
@@ -149,28 +176,33 @@ cdef class Vcpus:
         self.end()
 
     def end(self):
-        """One pause less; the last one lets the vCPUs go."""
+        """One pause less; the last one lets the vCPUs go (P7)."""
         self.pauses -= 1
         if not self.pauses:
             self.release()
-        kvmexit_changed()
+        kvmexit_changed()  # P9: also when pauses are left, one less may be what a handler waits for
 
     def release(self):
-        """The VM is being closed: no pause holds any longer."""
+        """No pause is asked for any longer."""
         for page in alive(self.weak_pages):
             _loop.release_page(page)
-        kvmexit_changed()
 
-    cdef bint stopped(self, unsigned long me, list held):
-        """Whether all vCPUs but ours stand still, and nobody else's pause is in effect in the VMs whose handlers we are."""
-        cdef Vcpus vcpus
+    cdef list run_by(self, unsigned long me):
+        """The Pages of vCPUs in whose run() a thread is."""
+        return [page for page in alive(self.weak_pages) if (<Page>page).owner == me]
+
+    cdef bint stopped(self, unsigned long me):
+        """Whether all vCPUs but this thread's own stand still."""
         for page in alive(self.weak_pages):
             if (<Page>page).owner and (<Page>page).owner != me and not (<Page>page).c.parked:
                 return False
-        for vcpus in held:
-            if vcpus.granted and list(vcpus.granted) != [me]:
-                return False
         return True
+
+    def close(self):
+        """The VM is being closed: no pause holds any longer."""
+        self.granted.clear()
+        self.release()
+        kvmexit_changed()
 
     cdef int ask(self) except -1:
         for page in alive(self.weak_pages):

@@ -209,7 +209,7 @@ cdef class VM:
             if me in [(<Page>page).owner for page in self.vcpus.pages()]:
                 raise Error("close() from a handler of a running vCPU: return STOP, and close after run()")
             self.handle.closed = True  # from here on run() and everything else is refused
-            self.vcpus.release()
+            self.vcpus.close()
             # Every close() waits, also a second one: descriptors are not taken from under a vCPU or an ioctl.
             while self.handle.users or any([(<Page>page).owner or (<Page>page).handle.users for page in self.vcpus.pages()]):
                 for page in self.vcpus.pages():

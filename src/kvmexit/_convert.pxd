@@ -121,7 +121,7 @@ cdef Result convert_chunk(Converter *c, uint64_t first, uint64_t last, bint priv
 cdef Step insert(Converter *c, Region *r) noexcept nogil
 cdef Result withdraw(Converter *c, Region *r) noexcept nogil
 cdef int state_at(Converter *c, uint64_t gpa) noexcept nogil
-cdef bint has_state(Converter *c, uint64_t first, uint64_t last, bint private) noexcept nogil
+cdef int has_state(Converter *c, uint64_t first, uint64_t last, bint private) noexcept nogil
 cdef Step list_runs(Converter *c, Run **runs, size_t *count) noexcept nogil
 cdef int reserve_number(Converter *c) noexcept nogil
 cdef Step release_number(Converter *c, uint32_t number) noexcept nogil

@@ -432,14 +432,14 @@ cdef int state_at(Converter *c, uint64_t gpa) noexcept nogil:
     return state
 
 
-cdef bint has_state(Converter *c, uint64_t first, uint64_t last, bint private) noexcept nogil:
-    """Whether every page of a range in one region surely has this state; False also when the lock is taken."""
-    cdef bint has = False
+cdef int has_state(Converter *c, uint64_t first, uint64_t last, bint private) noexcept nogil:
+    """Whether every page of a range in one region surely has this state; -1 while somebody converts: it may be changing."""
+    cdef int has = 0
     cdef size_t i
     cdef uint64_t end
     cdef Region *r
     if pthread_mutex_trylock(&c.lock) != 0:
-        return False
+        return -1
     i = position(c, first)
     if i < c.count and c.regions[i].first <= first and last <= c.regions[i].last:
         r = c.regions[i]

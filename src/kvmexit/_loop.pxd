@@ -30,6 +30,7 @@ cdef class Vcpu:
     cdef readonly int id
     cdef list cache              # the last Exit of each place
     cdef unsigned long main_thread
+    cdef bint software_protected
     cdef uint64_t generation     # of what may repair a fault (Converter), at the last entry
 
     cdef int begin(self, timeout) except -1

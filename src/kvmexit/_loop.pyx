@@ -17,7 +17,7 @@ from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOMEM, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from kvmexit._convert cimport has_state, kvmexit_generation
+from kvmexit._convert cimport Converter, has_state, kvmexit_generation
 from kvmexit._exits cimport (
     PLACES, UNEXPLAINED, Exit, Interrupted, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make,
     make_interrupted,
@@ -210,6 +210,7 @@ cdef class Vcpu:
         vcpu.id = id
         vcpu.cache = [None] * PLACES
         vcpu.main_thread = threading.main_thread().ident
+        vcpu.software_protected = vm.type == VMType.SW_PROTECTED
         if page.c.enter == NULL:
             page.c.enter = kvmexit_enter_kvm
         page.c.fault_limit = DEFAULT_FAULT_LIMIT
@@ -398,25 +399,34 @@ cdef class Vcpu:
             c.unsettled = True
             if c.reason == KVM_EXIT_IRQ_WINDOW_OPEN:
                 c.run.request_interrupt_window = 0
-        elif outcome == FAULT or outcome == LOOPING:
+        elif outcome == FAULT:
             if self.lost_race():
                 c.retried_race += 1
                 return LOOK
-            c.unsettled = outcome == FAULT
+            c.unsettled = True
+        elif outcome == LOOPING:
+            c.unsettled = False
         else:
             c.needs = False  # there is no exit
         return outcome
 
     cdef bint lost_race(self) noexcept:
-        """Whether a fault asks for what another vCPU has converted since this one entered: then there is nothing to do. The
-        same fault without a conversion meanwhile goes to the handlers: a slot without guest_memfd, say."""
+        """Whether a fault only shows that another vCPU was converting since this one entered: then there is nothing to do.
+
+        What the guest asks for has been done meanwhile. Or, in a software-protected VM, any fault at such a time: the guest
+        has no say there, KVM takes an access for what its page is, and faults where that changes under its hands
+        (arch/x86/kvm/mmu/mmu.c, kvm_mmu_faultin_pfn). A fault with another cause comes again.
+        """
         cdef kvmexit_vcpu *c = self.c
+        cdef Converter *converter = self.vm.memory.converter
         cdef uint64_t first = c.run.memory_fault.gpa, size = c.run.memory_fault.size
-        return (
-            self.generation != kvmexit_generation(&self.vm.memory.converter.generation)
-            and c.reason == KVM_EXIT_MEMORY_FAULT and c.error == EFAULT and size != 0 and first + (size - 1) >= first
-            and has_state(self.vm.memory.converter, first, first + (size - 1),
-                          c.run.memory_fault.flags & KVM_MEMORY_EXIT_FLAG_PRIVATE != 0))
+        cdef bint private = c.run.memory_fault.flags & KVM_MEMORY_EXIT_FLAG_PRIVATE != 0
+        cdef bint converted = self.generation != kvmexit_generation(&converter.generation)
+        if c.reason != KVM_EXIT_MEMORY_FAULT or c.error != EFAULT or size == 0 or first + (size - 1) < first:
+            return False
+        if self.software_protected:
+            return converted or has_state(converter, first, first + (size - 1), private) == -1
+        return converted and has_state(converter, first, first + (size - 1), private) == 1
 
     def _fail(self, int outcome):
         """Raise for a KVM_RUN that failed. What was pending still is."""

@@ -125,7 +125,7 @@ cdef class VM:
         self._set_up(Handle(fd, "this VM"), type, device)
         if self.check(KVM_CAP_IMMEDIATE_EXIT) == 0:
             self.close()
-            raise Error("kvmexit needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.13)")
+            raise Error("kvmexit needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.11)")
         self._set_up_memory(range(self.check(KVM_CAP_NR_MEMSLOTS)), attributes)
         if type != VMType.TDX:
             self._place_intel_pages()

@@ -273,7 +273,7 @@ cdef class Memory:
             raise ValueError("give one of buffer, fd and gmem_flags with MMAP: each says where the slot's memory is")
         if offset and buffer is None and fd is None:
             raise ValueError("offset without buffer or fd")
-        if guest_memfd and not self.region2 and self.handle.fd >= 0:
+        if guest_memfd and not self.region2 and not self.rebinds and self.handle.fd >= 0:
             raise KvmError(errnos.EOPNOTSUPP, "KVM_SET_USER_MEMORY_REGION2",
                            f"guest_memfd needs Linux 6.8 or later, this is {os.uname().release}")
         if flags and self.rebinds:

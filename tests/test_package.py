@@ -93,6 +93,23 @@ def test_everything_public_has_a_docstring():
     assert bare == []
 
 
+def example(name, number):
+    """-> one of a page's Python examples, compiled."""
+    path = SOURCE.parent.parent / name
+    return compile(re.findall(r"```python\n(.*?)```", path.read_text(), re.S)[number], f"{name}, example {number}", "exec")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "needs"), [("README.md", 0, "kvm"), ("README.md", 1, "private_vm"), ("docs/memory.md", 0, "kvm")])
+def test_the_examples_run(name, number, needs, request, capsys):
+    """As they stand there; the README's guest, of which it says nothing, writes to ports 0x3f8 and 0xf4."""
+    request.getfixturevalue(needs)
+    exec(example(name, number), {"code": bytes.fromhex("66 ba f8 03 b0 41 ee e6 f4")})
+    said = {("README.md", 0): "b'A'\n", ("README.md", 1): "[MemoryRange(gpa=0, size=2097152, private=False), MemoryRange("
+            "gpa=2097152, size=1048576, private=True), MemoryRange(gpa=3145728, size=63963136, private=False)]\n"}
+    assert capsys.readouterr().out == said.get((name, number), "")
+
+
 # ---- importing ----
 
 

@@ -232,6 +232,24 @@ def test_a_guest_sees_the_side_that_the_shadow_says(rebinding):
         assert rebinding.memory.is_private(0x200000 + page * PAGE) == model[page]
 
 
+def test_memslots_are_rebound_on_kernels_without_guest_memfd(kvm):
+    """SlotRebind's private side is a file of its own, and the older KVM_SET_USER_MEMORY_REGION will do."""
+
+    class Old(kvmexit.VM):
+        def check(self, cap):
+            return 0 if cap in (231, 233, 234) else super().check(cap)  # USER_MEMORY2, MEMORY_ATTRIBUTES, GUEST_MEMFD
+
+    with Old(attributes=SlotRebind()) as vm:
+        vcpu = load(vm, READ)
+        slot = vm.memory.add(0x200000, 2 * PAGE, guest_memfd=True, discard=False)
+        os.pwrite(slot.guest_memfd, b"\x22", 0)
+        vm.memory.convert(0x200000, PAGE, private=True)
+        vcpu.regs.rdi = 0x200000
+        assert vcpu.run(timeout=10).data == b"\x22"
+    with Old() as vm, pytest.raises(kvmexit.KvmError, match=r"guest_memfd needs Linux 6\.8"):
+        vm.memory.add(0, PAGE, guest_memfd=True)
+
+
 def test_memslot_numbers_come_back_and_run_out(scripted):
     """Each run takes one; without any left a ConversionError, and nothing changed."""
     memory = kvmexit.Memory(kvmexit._ioctl.Handle(-1, "a test"), kvmexit.VMType.DEFAULT, True, range(4), SlotRebind(),

@@ -12,6 +12,7 @@ import pytest
 from processes import python
 
 import kvmexit
+from kvmexit.testing import RecordedAttributes, ScriptedVM, hlt, memory_fault
 
 SOURCE = Path(__file__).parent.parent / "src" / "kvmexit"
 
@@ -109,6 +110,23 @@ def test_everything_public_has_a_docstring():
     assert bare == []
 
 
+def example(name, number):
+    """-> one of a page's Python examples, compiled."""
+    path = SOURCE.parent.parent / name
+    return compile(re.findall(r"```python\n(.*?)```", path.read_text(), re.S)[number], f"{name}, example {number}", "exec")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "needs"), [("README.md", 0, "kvm"), ("README.md", 1, "private_vm"), ("docs/memory.md", 0, "kvm")])
+def test_the_examples_run(name, number, needs, request, capsys):
+    """As they stand there; the README's guest, of which it says nothing, writes to ports 0x3f8 and 0xf4."""
+    request.getfixturevalue(needs)
+    exec(example(name, number), {"code": bytes.fromhex("66 ba f8 03 b0 41 ee e6 f4")})
+    said = {("README.md", 0): "b'A'\n", ("README.md", 1): "[MemoryRange(gpa=0, size=2097152, private=False), MemoryRange("
+            "gpa=2097152, size=1048576, private=True), MemoryRange(gpa=3145728, size=63963136, private=False)]\n"}
+    assert capsys.readouterr().out == said.get((name, number), "")
+
+
 # ---- importing ----
 
 
@@ -148,6 +166,47 @@ def test_the_demo_repairs_and_checks(scenario, request):
     assert done.returncode == 0, done
     assert "64 of 64 pages walked, 64 of them right" in done.stdout
     assert re.search(r"^(MemoryFault|UnexplainedFault) +4 ", done.stdout, re.M)
+
+
+def test_the_demo_converts_private_memory_by_the_chunk(monkeypatch):
+    """The scenario on a scripted VM with a recorded backend: one conversion to private, and one back for each fault."""
+    from kvmexit.cli import demo
+
+    recorded = RecordedAttributes()
+    monkeypatch.setattr(demo.PrivateToShared, "make_vm", lambda self: ScriptedVM(attributes=recorded))
+    scenario = demo.PrivateToShared(48)
+    with scenario.vm as vm:
+        scenario.lose()
+        assert vm.memory.ranges() == [(demo.REGION, 48 * demo.PAGE, True)]
+        assert vm.memory.slots[0].guest_memfd is None
+        faults = [memory_fault(demo.REGION + page * demo.PAGE, private=True) for page in (0, 17, 47)]
+        vcpu = vm.create_vcpu(0, [*faults, hlt()])
+        vm.on_memory_fault(handler=scenario.repair)
+        assert isinstance(vcpu.run(), kvmexit.Hlt)
+        assert recorded.private == set()
+    chunks = [(demo.REGION + i * demo.CHUNK, demo.CHUNK, False, 0) for i in range(3)]
+    assert recorded.calls == [(demo.REGION, 48 * demo.PAGE, True, 0), *chunks]
+
+
+@pytest.mark.parametrize("unfit", range(4))
+def test_the_demo_plays_the_best_there_is(unfit, monkeypatch, capsys):
+    """Without --scenario: the first that this machine can play, after a line for each better one that says why not."""
+    from kvmexit.cli import demo, main
+
+    names = ["private", "guest-memfd", "truncated-file", "scripted"]
+    assert [scenario.name for scenario in demo.SCENARIOS] == names
+
+    def refuse(self):
+        raise kvmexit.Error(f"no {self.name} today")
+
+    for scenario in demo.SCENARIOS[:unfit]:
+        monkeypatch.setattr(scenario, "make_vm", refuse)
+    for scenario in demo.SCENARIOS[unfit:]:
+        monkeypatch.setattr(scenario, "make_vm", ScriptedVM)
+    monkeypatch.setattr(demo, "play", lambda scenario, vm: print(f"played {scenario.name}") or 0)
+    assert main(["demo"]) == 0
+    refusals = [f"not {name}: no {name} today" for name in names[:unfit]]
+    assert capsys.readouterr().out.splitlines()[1:] == [*refusals, f"played {names[unfit]}"]
 
 
 def test_the_demo_fails_where_memory_is_wrong(monkeypatch, capsys):

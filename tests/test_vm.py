@@ -404,6 +404,19 @@ def test_no_permission_says_what_to_do(tmp_path):
     assert "add the user to the group that owns the device" in done.stdout
 
 
+def test_a_kernel_without_immediate_exit_is_refused(kvm):
+    """By the version that brought it, and its descriptor is closed again."""
+
+    class Old(kvmexit.VM):
+        def check(self, cap):
+            return 0 if cap == 136 else super().check(cap)
+
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(kvmexit.Error, match=r"KVM_CAP_IMMEDIATE_EXIT \(Linux 4\.11\)"):
+        Old()
+    assert os.listdir("/proc/self/fd") == before
+
+
 @pytest.mark.parametrize(
     ("platform", "machine"), [("darwin", "x86_64"), ("linux", "aarch64")],
 )

@@ -259,8 +259,9 @@ cdef class Memory:
         hole in the file, or drops the buffer's pages. With GuestMemfdFlags.MMAP both sides are one memory: no discard.
 
         All sizes and addresses in bytes, multiples of the page size. Raises ValueError for a range that is unaligned, wraps,
-        or overlaps a slot (which it names), or for backing memory too small; KvmError where KVM refuses. A failure leaves
-        nothing behind.
+        or overlaps a slot (which it names), for backing memory too small, and for arguments that exclude each other;
+        TypeError for a buffer that is none; KvmError where KVM refuses; Error where the VM is closed. A failure leaves
+        nothing behind. Source: Documentation/virt/kvm/api.rst, KVM_SET_USER_MEMORY_REGION2, KVM_CREATE_GUEST_MEMFD.
         """
         cdef Slot slot
         gpa, size = _range(gpa, size)
@@ -273,7 +274,7 @@ cdef class Memory:
             raise ValueError("give one of buffer, fd and gmem_flags with MMAP: each says where the slot's memory is")
         if offset and buffer is None and fd is None:
             raise ValueError("offset without buffer or fd")
-        if guest_memfd and not self.region2 and self.handle.fd >= 0:
+        if guest_memfd and not self.region2 and not self.rebinds and self.handle.fd >= 0:
             raise KvmError(errnos.EOPNOTSUPP, "KVM_SET_USER_MEMORY_REGION2",
                            f"guest_memfd needs Linux 6.8 or later, this is {os.uname().release}")
         if flags and self.rebinds:
@@ -340,16 +341,18 @@ cdef class Memory:
 
     def convert(self, gpa, size, *, private):
         """Make `size` bytes from guest-physical `gpa` private, or shared: attributes first, then the data of the side that
-        went out of use is given back to the host (see add(discard=)). Waits, without the GIL, while others convert.
+        went out of use is given back to the host (see add(discard=)). Waits, without the GIL, while others convert. With
+        SlotRebind the VM is paused meanwhile.
 
         What has the wanted state already costs no system call. The range may go across slots; where there is no slot it is
-        shared already. Huge ranges are converted in steps of 64 MiB; Ctrl-C is heeded between them, with a note on the
-        exception that says how far it got.
+        shared already. Huge ranges are converted in steps of 64 MiB; Ctrl-C and close() are heeded between them, with a
+        note on the exception that says how far it got.
 
-        Raises ValueError for a range that is empty, unaligned or wraps. ConversionError, before anything is done, where it
-        is to become private and has no slot, or one without guest_memfd or without a word about discard=, and where this
-        VM has no private memory; and where KVM refuses half way: its `done` says how far it got. What is_private() and
-        ranges() say is then still what KVM holds. Source: Documentation/virt/kvm/api.rst, KVM_SET_MEMORY_ATTRIBUTES.
+        Raises ValueError for a range that is empty, unaligned or wraps, TypeError for a `private` that is no bool.
+        ConversionError, before anything is done, where it is to become private and has no slot, or one without guest_memfd
+        or without a word about discard=, and where this VM has no private memory; and where KVM refuses half way: its
+        `done` says how far it got. What is_private() and ranges() say is then still what KVM holds. Error where the VM is
+        closed. Source: Documentation/virt/kvm/api.rst, KVM_SET_MEMORY_ATTRIBUTES.
         """
         gpa, size = _range(gpa, size)
         if not isinstance(private, bool):
@@ -401,8 +404,12 @@ cdef class Memory:
         return self.handle.check()
 
     def is_private(self, gpa):
-        """Whether the page at guest-physical `gpa` is private; where there is no slot it is not. None for a page of an
-        adopted VM that was not converted yet."""
+        """Whether the page at guest-physical `gpa` (any byte of it) is private: -> True or False; False where there is no
+        slot. None for a page of an adopted slot that was not converted yet: KVM has no way to ask.
+
+        It is what was noted, and costs no system call. Raises ValueError for a `gpa` beyond 64 bits, Error where the VM is
+        closed.
+        """
         cdef uint64_t at
         cdef int state
         if not 0 <= index(gpa) <= UINT64_MAX:
@@ -418,7 +425,7 @@ cdef class Memory:
 
     def ranges(self):
         """-> a list of MemoryRange(gpa, size, private): the slots' memory as runs of one state, as long as they can be, by
-        address. Left out: holes, and pages of an adopted VM that were not converted yet."""
+        address. Left out: holes, and pages of an adopted slot that were not converted yet. Error where the VM is closed."""
         cdef Run *runs = NULL
         cdef size_t count = 0
         cdef Step step

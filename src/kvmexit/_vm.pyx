@@ -125,7 +125,7 @@ cdef class VM:
         self._set_up(Handle(fd, "this VM"), type, device)
         if self.check(KVM_CAP_IMMEDIATE_EXIT) == 0:
             self.close()
-            raise Error("kvmexit needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.13)")
+            raise Error("kvmexit needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.11)")
         self._set_up_memory(range(self.check(KVM_CAP_NR_MEMSLOTS)), attributes)
         if type != VMType.TDX:
             self._place_intel_pages()
@@ -379,7 +379,8 @@ cdef class VM:
         return self._route((KVM_EXIT_MMIO,), gpa, last, handler)
 
     def on_memory_fault(self, gpa=None, size=None, handler=None):
-        """Repair memory faults, all or those whose gpa lies in `size` bytes from `gpa`: see on()."""
+        """Repair memory faults, all or those whose gpa lies in `size` bytes from `gpa`: see on(). ValueError for one without
+        the other, or a range that is empty or wraps."""
         if (gpa is None) != (size is None):
             raise ValueError("give gpa and size, or neither")
         gpa, last = (0, UINT64_MAX) if gpa is None else _span(gpa, size, UINT64_MAX, "gpa")

@@ -44,14 +44,16 @@ class FaultLoopError(Error):
 class ConversionError(Error):
     """A range could not become private or shared.
 
-    gpa, size, private: what was asked. done: bytes from gpa on that have the wanted state now. errno: the kernel's, or
-    None where the range itself cannot be converted; then nothing was done. `vm.memory.ranges()` says what is what.
+    gpa, size, private: what was asked. done: bytes from gpa on that have the wanted state now. why: a text. errno: the
+    kernel's, or None where the range itself cannot be converted; then nothing was done, unless a slot was removed
+    meanwhile. `vm.memory.ranges()` says what is what.
     """
 
     gpa: int
     size: int
     private: bool
     done: int
+    why: str
     errno: int | None
 
     def __init__(self, gpa: int, size: int, private: bool, done: int, why: str, errno: int | None = None) -> None:

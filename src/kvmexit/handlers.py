@@ -56,9 +56,11 @@ _PAGE = 4096
 
 
 def convert(vcpu: Vcpu, fault: MemoryFault) -> None:
-    """A handler for `on_memory_fault`: make the range that the fault names private or shared, as the guest wants it.
+    """A handler for `on_memory_fault`: make the pages that the fault names private or shared, as the guest wants them.
 
-    Raises ConversionError where that cannot be; the fault then stays pending.
+    Raises ConversionError where that cannot be; the fault then stays pending. A fault over pages that are so already
+    (their guest_memfd is closed, or EHWPOISON) is not repaired by it: after `vcpu.fault_limit` of them run() raises
+    FaultLoopError. Source: Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT.
     """
     first = fault.gpa // _PAGE * _PAGE
     size = -(-(fault.gpa + fault.size - first) // _PAGE) * _PAGE
@@ -71,6 +73,7 @@ def map_gpa_range(vcpu: Vcpu, hypercall: Hypercall) -> object:
     The guest gets 0; EINVAL for a range that cannot be converted (rubbish; no slot or no guest_memfd where it is to be
     private); EAGAIN where the kernel had no memory or was busy: asking again goes on from there. In a plain VM errors
     are negative, in SNP and TDX VMs positive, as KVM takes them there. An MMIO hole is shared already: success.
+    Another hypercall is passed on.
 
     Raises ConversionError for other failures: they are the host's. Source: Documentation/virt/kvm/x86/hypercalls.rst;
     arch/x86/kvm/svm/sev.c, arch/x86/kvm/vmx/tdx.c.

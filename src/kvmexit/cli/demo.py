@@ -33,7 +33,7 @@ PAGE = 4096
 CODE = 0x1000
 REGION = 0x1000_0000
 CHUNK = 16 * PAGE
-KVM_SET_MEMORY_ATTRIBUTES, MEMORY_ATTRIBUTE_PRIVATE = 0x4020AED2, 1 << 3
+MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
 MMAP_SHARED = GuestMemfdFlags.MMAP | GuestMemfdFlags.INIT_SHARED
 PROGRESS_PORT, DONE_PORT = 0x3F8, 0xF4
 
@@ -123,10 +123,17 @@ class Scenario(ABC):
 
 
 class PrivateToShared(Scenario):
-    """Reason 39 with the private flag, as a confidential guest raises it: VMs that have private memory."""
+    """Reason 39 with the private flag, as a confidential guest raises it: VMs that have private memory.
+
+    A software-protected VM takes an access for private or shared as the attribute says, so the two never disagree
+    there: its faults come from private pages whose guest_memfd is gone.
+    """
 
     name = "private"
-    story = "the region is private, and the guest uses it as shared; the callback converts it (KVM_EXIT_MEMORY_FAULT)"
+    story = (
+        "the region is private, and its guest_memfd was closed; the callback converts what the guest touches to shared "
+        "(KVM_EXIT_MEMORY_FAULT)"
+    )
 
     def make_vm(self) -> VM:
         vm = VM(VMType.SW_PROTECTED)
@@ -136,15 +143,14 @@ class PrivateToShared(Scenario):
         return vm
 
     def lose(self) -> None:
-        self.vm.memory.add(REGION, self.size)
-        set_attributes = struct.pack("<4Q", REGION, self.size, MEMORY_ATTRIBUTE_PRIVATE, 0)
-        self.vm.ioctl(KVM_SET_MEMORY_ATTRIBUTES, set_attributes)
+        slot = self.vm.memory.add(REGION, self.size, guest_memfd=True)
+        self.vm.memory.convert(REGION, self.size, private=True)
+        slot.close_guest_memfd()
 
     def repair(self, vcpu: Vcpu, fault: Exit) -> None:
         assert isinstance(fault, MemoryFault)
         assert fault.private
-        gpa = fault.gpa // CHUNK * CHUNK
-        vcpu.vm.ioctl(KVM_SET_MEMORY_ATTRIBUTES, struct.pack("<4Q", gpa, CHUNK, 0, 0))
+        vcpu.vm.memory.convert(fault.gpa // CHUNK * CHUNK, CHUNK, private=False)
 
 
 class GuestMemfdGone(Scenario):

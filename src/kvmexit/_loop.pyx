@@ -618,7 +618,7 @@ cdef class Vcpu:
     @property
     def retries(self):
         """How often the loop re-entered by itself: {"unwritten": no exit reason given, "eintr": interrupted by nobody's
-        request, "eagain": ..., "enomem": ..., "race": a fault over a range that has come to be as it asks meanwhile}."""
+        request, "eagain": ..., "enomem": ..., "race": a fault that a conversion meanwhile explains}."""
         cdef kvmexit_vcpu *c = &self.page.c
         return {"unwritten": c.retried_unwritten, "eintr": c.retried_eintr, "eagain": c.retried_eagain,
                 "enomem": c.retried_enomem, "race": c.retried_race}

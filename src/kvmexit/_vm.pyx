@@ -325,9 +325,9 @@ cdef class VM:
         handlers (in a handler: all vCPUs but the one that handler runs for). Until resume() a run() parks: it heeds kick(),
         its timeout and Ctrl-C, and calls no handler.
 
-        Waits with the GIL released, also for handlers to return. Pauses nest, and any thread may pause; two handlers that do
-        so at the same time come one after the other. A vCPU that no thread runs stays as it is: complete() finishes
-        what is pending there. Raises Error where the VM is closed, also meanwhile.
+        Waits with the GIL released, also for handlers to return. Pauses nest, and any thread may pause or resume; two
+        handlers that pause at the same time come one after the other. A vCPU that no thread runs stays as it is: complete()
+        finishes what is pending there. Raises Error where the VM is closed, also meanwhile.
         """
         self.vcpus.pause()
 

@@ -408,13 +408,17 @@ cdef class Memory:
         if not 0 <= index(gpa) <= UINT64_MAX:
             raise ValueError(f"gpa {gpa:#x} is no 64-bit address")
         at = gpa
-        while True:
-            self.handle.check()
-            with nogil:
-                state = state_at(self.converter, at)
-            if state != -2:
-                return None if state < 0 else state == 1
-            PyErr_CheckSignals()
+        self.handle.check()
+        self.handle.users += 1  # close() waits
+        try:
+            while True:
+                with nogil:
+                    state = state_at(self.converter, at)
+                if state != -2:
+                    return None if state < 0 else state == 1
+                self.look_around()
+        finally:
+            self.handle.users -= 1
 
     def ranges(self):
         """-> a list of MemoryRange(gpa, size, private): the slots' memory as runs of one state, as long as they can be, by
@@ -422,15 +426,19 @@ cdef class Memory:
         cdef Run *runs = NULL
         cdef size_t count = 0
         cdef Step step
-        while True:
-            self.handle.check()
-            with nogil:
-                step = list_runs(self.converter, &runs, &count)
-            if step == DONE:
-                break
-            if step != BUSY:
-                raise MemoryError
-            PyErr_CheckSignals()
+        self.handle.check()
+        self.handle.users += 1  # close() waits
+        try:
+            while True:
+                with nogil:
+                    step = list_runs(self.converter, &runs, &count)
+                if step != BUSY:
+                    break
+                self.look_around()
+        finally:
+            self.handle.users -= 1
+        if step != DONE:
+            raise MemoryError
         try:
             return [MemoryRange(runs[i].first, runs[i].last - runs[i].first + 1, bool(runs[i].private))
                     for i in range(count)]

@@ -158,10 +158,11 @@ cdef class Slot:
         cdef int fd = -1
         cdef Region *r = &self.region
         cdef Converter *c
-        cdef Step step = BUSY
-        if r.gmem_fd < 0 or self.conversions is None:
+        cdef Conversions conversions = self.conversions  # stay, also when the slot is removed meanwhile
+        cdef Step step
+        if r.gmem_fd < 0 or conversions is None:
             raise Error(f"{self!r} has no guest_memfd")
-        c = &self.conversions.c
+        c = &conversions.c
         if isinstance(self.mapping, GmemMapping):
             self.view_ = None
             try:
@@ -169,9 +170,11 @@ cdef class Slot:
             except BufferError:
                 self.view_ = memoryview(self.mapping)
                 raise BufferError(f"views of {self!r} exist and keep its guest_memfd alive: release them first") from None
-        while step == BUSY:
+        while True:
             with nogil:
                 step = exclude(c, r, &fd)
+            if step != BUSY:
+                break  # and what is in our hands now, no exception may make us drop
             PyErr_CheckSignals()
         if fd >= 0:
             close_descriptor(fd)
@@ -496,11 +499,14 @@ cdef class Memory:
         return ConversionError(gpa, size, private, done, why, result.error)
 
     def _insert(self, Slot slot):
+        """Let conversions find a slot. Where it raises they do not, and the slot can go."""
         cdef Region *r = &slot.region
-        cdef Step step = BUSY
-        while step == BUSY:
+        cdef Step step
+        while True:
             with nogil:
                 step = insert(self.converter, r)
+            if step != BUSY:
+                break
             PyErr_CheckSignals()
         if step != DONE:
             raise MemoryError
@@ -526,12 +532,13 @@ cdef class Memory:
 
     cdef int _reserve_number(self) except -2:
         """A free memslot number, or -1."""
-        cdef int number = -2
-        while number == -2:
+        cdef int number
+        while True:
             with nogil:
                 number = reserve_number(self.converter)
+            if number != -2:
+                return number
             PyErr_CheckSignals()
-        return number
 
     cdef int _release_number(self, uint32_t number) except -1:
         cdef Step step = BUSY
@@ -593,13 +600,14 @@ cdef class Memory:
         try:
             if slot.region.private_side != NULL:
                 take_whole(&slot.region, number)
-            self._insert(slot)
-            slot.conversions = self.conversions
             self.set_region(slot, slot.size)
+            try:
+                self._insert(slot)
+            except BaseException:
+                self.set_region(slot, 0)
+                raise
+            slot.conversions = self.conversions
         except BaseException as error:
-            if slot.conversions is not None:
-                self._withdraw(slot)
-            slot.conversions = None
             self._release_number(number)
             if not isinstance(error, KvmError):
                 raise

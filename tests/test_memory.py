@@ -277,6 +277,15 @@ def test_an_overlap_names_the_slot(scripted, gpa, size):
         scripted.memory.add(gpa, size)
 
 
+@pytest.mark.parametrize(("gpa", "size"), [(2**64 - PAGE, PAGE), (2**64 - 2 * PAGE, PAGE), (2**64 - 3 * PAGE, 2 * PAGE)])
+def test_an_overlap_with_the_last_addresses_there_are_is_seen(scripted, gpa, size):
+    """A slot's end, 2**64, is no 64-bit number."""
+    scripted.memory.add(2**64 - 2 * PAGE, 2 * PAGE)
+    with pytest.raises(ValueError, match="overlaps Slot"):
+        scripted.memory.add(gpa, size)
+    scripted.memory.add(2**64 - 3 * PAGE, PAGE)
+
+
 def test_a_file_too_short_or_not_writable_is_refused(scripted, file, tmp_path):
     """With its size; and a read-only descriptor serves a read-only slot."""
     with pytest.raises(ValueError, match=r"0x4000 bytes, too short"):

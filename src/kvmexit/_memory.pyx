@@ -574,7 +574,7 @@ cdef class Memory:
     def _check_free(self, gpa, size):
         cdef Slot slot
         for slot in self.slots:
-            if slot.gpa < gpa + size and gpa < slot.gpa + slot.size:
+            if slot.gpa < gpa + size and gpa <= slot.gpa + (slot.size - 1):  # which may be the last address there is
                 raise ValueError(
                     f"gpa {gpa:#x}, size {size:#x} overlaps {slot!r}: remove that slot, or choose other addresses")
 

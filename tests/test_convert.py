@@ -503,26 +503,3 @@ def test_threads_convert_while_slots_come_and_go():
     assert strange == []
     assert private_pages(vm) == recorded.private
     vm.close()
-
-
-def test_close_waits_for_a_conversion():
-    """Which ends with a typed error, and says how far it got."""
-    with ScriptedVM() as vm:
-        vm.memory.add(0, 1 << 42, guest_memfd=True, discard=False)
-        caught = []
-
-        def convert():
-            try:
-                while True:
-                    vm.memory.convert(0, 1 << 42, private=True)
-                    vm.memory.convert(0, 1 << 42, private=False)
-            except kvmexit.Error as error:
-                caught.append(error)
-
-        thread = in_thread(convert)
-        while vm.memory.changes < 3:
-            pass
-        vm.close()
-        thread.join(30)
-        assert not thread.is_alive()
-        assert "closed" in str(caught[0])

@@ -297,6 +297,17 @@ def test_adopted_memory_is_discarded_only_where_its_owner_said(adopted, discard)
     assert os.pread(fd, 140 * PAGE, 0)[::PAGE] == expected
 
 
+def test_removing_an_adopted_slot_leaves_its_owner_the_data(adopted):
+    """Private pages become shared, as for any slot, but nothing is discarded: the guest_memfd is not ours to empty."""
+    vm, recorded, adopt, memory, fd = adopted
+    slot = adopt(discard=True)
+    vm.memory.convert(6 * PAGE, 2 * PAGE, private=True)
+    vm.memory.remove(slot)
+    assert recorded.calls[1:] == [(4 * PAGE, 130 * PAGE, False, 0)]
+    assert os.pread(fd, 140 * PAGE, 0) == b"p" * 140 * PAGE
+    assert memory[: 5 * PAGE : PAGE] == b"ss\0\0s"
+
+
 def test_an_adopted_slot_without_a_guest_memfd_can_only_be_shared(adopted):
     """Asked for private memory it is a ConversionError, and still not known."""
     vm, recorded, adopt, _, _ = adopted

@@ -182,7 +182,10 @@ def test_whatever_is_called_the_model_has_it(failing):
                     at = chance.choice([first, chance.choice(ours)])
                     checked.convert(at, min(count, END - at), chance.random() < 0.6)
                 checked.check()
-                checked.is_private(a_place(chance)[0] % END, chance.randrange(PAGE))
+                checked.is_private(a_place(chance)[0] % END, chance.choice([0, chance.randrange(PAGE), PAGE - 1]))
+                at = chance.choice(ours or [THEIRS])
+                if at in checked.slots:
+                    checked.is_private(at + checked.slots[at][0] - 1, PAGE - 1)
             checked.check_backend()
             failed += checked.failed
     assert bool(failed) == failing

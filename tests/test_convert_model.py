@@ -195,7 +195,7 @@ def fragmented(failures):
     """-> a Checked VM: slots that adjoin, holes, edges of steps, the last page there is; every third page private."""
     recorded = RecordedAttributes(failures)
     checked = Checked(ScriptedVM(attributes=recorded), recorded, failures)
-    for first, count in [(0, 3), (3, 2), (10, 3), (STEP - 4, 3), (STEP - 1, 4), (3 * STEP, 2 * STEP + 1), (END - 4, 4)]:
+    for first, count in [(0, 3), (3, 2), (10, 3), (STEP - 4, 3), (STEP - 1, 4), (3 * STEP + 7, 2 * STEP + 1), (END - 4, 4)]:
         checked.add(first, count)
     for page in sorted(checked.state):
         if page % 3 == 0 and (page < 2 * STEP or page in (3 * STEP + 9, 4 * STEP - 1, 4 * STEP, END - 1)):
@@ -204,7 +204,7 @@ def fragmented(failures):
 
 
 @pytest.mark.parametrize(
-    ("first", "count", "private"), [(0, END, False), (0, 5, True), (STEP - 4, 7, True), (3 * STEP, 2 * STEP + 1, True)]
+    ("first", "count", "private"), [(0, END, False), (0, 5, True), (STEP - 4, 7, True), (3 * STEP + 7, 2 * STEP + 1, True)]
 )
 def test_a_failure_at_any_call_is_reported_and_asking_again_finishes_the_rest(first, count, private):
     """The first, the second, and so on up to the last: across slots, holes, steps."""

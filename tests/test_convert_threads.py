@@ -11,6 +11,7 @@ from guests import stress
 from processes import in_thread, leaks, python
 
 import kvmexit
+from kvmexit import ConversionError
 from kvmexit.testing import ScriptedVM, ScriptStep, memory_fault
 
 PAGE = 4096
@@ -107,6 +108,37 @@ def test_without_a_conversion_meanwhile_the_fault_is_the_handlers(scripted, faul
     with pytest.raises(kvmexit.KvmError):
         vcpu.run()
     assert (len(seen), vcpu.retries["race"]) == (20, 0)
+
+
+@pytest.mark.parametrize(
+    ("take", "says"),
+    [(lambda vm, slot: vm.memory.remove(slot), "no slot covers"), (lambda vm, slot: slot.close_guest_memfd(), "no guest_memfd")],
+    ids=["remove", "close_guest_memfd"],
+)
+def test_what_goes_away_during_a_huge_conversion_is_missed(take, says):
+    """Each step looks again: a range whose end is no longer there is not reported as converted."""
+    error = None
+    for _ in range(100):  # it may go too late
+        with ScriptedVM() as vm:
+            vm.memory.add(0, HUGE, guest_memfd=True, discard=False)
+            slot = vm.memory.add(HUGE, PAGE, guest_memfd=True, discard=False)
+            begun = vm.memory.changes + 10
+
+            def take_it(vm=vm, slot=slot, begun=begun):
+                while vm.memory.changes < begun:
+                    pass
+                take(vm, slot)
+
+            thread = in_thread(take_it)
+            try:
+                vm.memory.convert(0, HUGE + PAGE, private=True)
+            except ConversionError as caught:
+                error = caught
+                break
+            finally:
+                thread.join(30)
+    assert says in str(error)
+    assert (error.done, error.errno) == (HUGE, None)
 
 
 # ---- the GIL ----

@@ -686,17 +686,20 @@ cdef class Memory:
     def withdraw(self):
         """Delete our memslots from a VM that lives on without us."""
         cdef Slot slot
+        cdef list gone = []
         if self.handle.fd < 0 or self.handle.forks != forks():
             return
         with self.lock:
-            ours = [slot for slot in self.slots if not (<Slot>slot).adopted]
-            for slot in ours:
+            for slot in self.slots:
+                if slot.adopted:
+                    continue
                 try:
                     self._withdraw(slot)
                     self.set_region(slot, 0)
                 except Error:
-                    pass  # that VM is dead already
-            self.change_slots([], ours)
+                    continue  # that VM is dead already; the slot stays ours, whoever goes on using it
+                gone.append(slot)
+            self.change_slots([], gone)
 
     def close(self):
         """The VM is gone, and so are its memslots. Nobody converts any more: VM.close() has waited."""

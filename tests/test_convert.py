@@ -185,6 +185,21 @@ def test_a_discard_that_fails_half_way_keeps_what_was_done_before(stuck):
         assert [bytes(slot.view[::PAGE]) for slot in slots] == [b"x\0", b"xxx", b"xx"] if stuck else [b"x\0", bytes(3), b"\0x"]
 
 
+@pytest.mark.parametrize("private", [True, False])
+def test_attributes_that_fail_cost_no_data(private):
+    """The discard comes last."""
+    with ScriptedVM(attributes=RecordedAttributes({1 if private else 2: errno.ENOMEM})) as vm:
+        slot = vm.memory.add(0, 3 * PAGE, guest_memfd=True)
+        if not private:
+            vm.memory.convert(0, 3 * PAGE, private=True)
+        slot[:] = b"s" * 3 * PAGE
+        os.pwrite(slot.guest_memfd, b"p" * 3 * PAGE, 0)
+        with pytest.raises(ConversionError, match="Cannot allocate"):
+            vm.memory.convert(0, 3 * PAGE, private=private)
+        assert slot[:] == b"s" * 3 * PAGE
+        assert os.pread(slot.guest_memfd, 3 * PAGE, 0) == b"p" * 3 * PAGE
+
+
 def test_what_is_so_already_keeps_its_data():
     """Only runs that change are discarded: not what is private already, nor its neighbours."""
     with ScriptedVM() as vm:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from guests import CODE, load, stress
-from processes import in_thread, leaks
+from processes import compiled, in_thread, leaks, preload, python
 
 import kvmexit
 from kvmexit import ConversionError, SlotRebind, handlers
@@ -144,6 +144,45 @@ def test_both_sides_are_discarded(scripted):
     scripted.memory.convert(PAGE, PAGE, private=False)
     assert os.pread(slot.guest_memfd, 3 * PAGE, 0) == b"x" * PAGE + bytes(PAGE) + b"x" * PAGE
     assert os.fstat(slot.guest_memfd).st_blocks == 2 * PAGE // 512
+
+
+def test_a_closed_guest_memfd_keeps_nothing_to_discard(scripted):
+    """So its private pages can become shared."""
+    slot = scripted.memory.add(0, 3 * PAGE, guest_memfd=True)
+    scripted.memory.convert(0, 3 * PAGE, private=True)
+    slot.close_guest_memfd()
+    scripted.memory.convert(PAGE, PAGE, private=False)
+    assert private_pages(scripted) == {0, 2 * PAGE}
+    scripted.memory.remove(slot)
+
+
+def test_an_interrupted_call_is_made_again(tmp_path_factory):
+    """Attributes and both discards; and what KVM is told, in its own struct."""
+    done = python("""
+import ctypes, os
+from kvmexit import VMType
+from kvmexit._convert import KvmAttributes
+from kvmexit._ioctl import Handle
+from kvmexit._memory import Memory
+
+memory = Memory(Handle(os.open("/dev/null", os.O_RDWR), "a test"), VMType.DEFAULT, True, [], KvmAttributes())
+size, fd = 3 * 4096, os.memfd_create("theirs")
+os.pwrite(fd, b"p" * size, 0)
+data = ctypes.create_string_buffer(size + 4096)
+hva = ctypes.addressof(data) + 4095 & ~4095
+slot = memory.adopt(0, 0x10000, size, hva, fd, 0, True)
+slot[:] = b"s" * size
+lib = ctypes.CDLL(None)
+noted, interruptions = (ctypes.c_uint64 * 4).in_dll(lib, "noted"), ctypes.c_uint.in_dll(lib, "interruptions")
+memory.convert(0x11000, 0x1000, private=True)
+assert (list(noted), interruptions.value) == ([0x11000, 0x1000, 8, 0], 2), (list(noted), interruptions)
+assert slot[:] == b"s" * 4096 + bytes(4096) + b"s" * 4096
+memory.convert(0x11000, 0x2000, private=False)
+assert (list(noted), interruptions.value) == ([0x11000, 0x2000, 0, 0], 4), (list(noted), interruptions)
+assert os.pread(fd, size, 0) == b"p" * 4096 + bytes(8192)
+print("done")
+""", env=preload(compiled(tmp_path_factory, "interrupted")))
+    assert (done.stdout, done.stderr) == ("done\n", "")
 
 
 def test_a_discard_that_fails_puts_the_attributes_back():

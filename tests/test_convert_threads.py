@@ -21,7 +21,7 @@ HUGE = 1 << 42  # bytes; takes some tenths of a second to convert, and as long t
 
 # ---- races that are lost ----
 
-MEANWHILE = [ScriptStep(errno=errno.EAGAIN)] * 1000  # the vCPU is in the guest for so long
+MEANWHILE = [ScriptStep(errno=errno.EAGAIN)] * 10_000  # the vCPU is in the guest for so long
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ FAULTS = {
 @pytest.mark.parametrize(("fault", "loses"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_whose_range_was_converted_meanwhile_just_re_enters(fault, loses):
     """Without the handler, counted in retries; any other fault comes to the handler, whatever others convert. Beside each
-    fault comes one that is sure to lose its race, now and then."""
+    fault comes one that is known to lose its race, so that a conversion was made meanwhile more often than not."""
     with ScriptedVM() as vm:
         vm.memory.add(0, 16 * PAGE, guest_memfd=True)
         vm.memory.add((1 << 64) - 2 * PAGE, 2 * PAGE, guest_memfd=True)
@@ -81,13 +81,12 @@ def test_a_fault_whose_range_was_converted_meanwhile_just_re_enters(fault, loses
             seen.clear()
             with somebody_converts(vm, 10 * PAGE), pytest.raises(kvmexit.KvmError):  # the end of the script
                 vcpu.run()
-            lost = vcpu.retries["race"]
-            assert len(seen) + lost == 2 * repeat
+            assert len(seen) + vcpu.retries["race"] == 2 * repeat
             assert seen.count(0) == repeat or loses
-            if lost and (seen.count(0) < repeat) == loses:
+            if seen.count(1) < repeat / 2 and (seen.count(0) < repeat / 2 or not loses):
                 break
         else:
-            raise AssertionError("no race was lost")
+            raise AssertionError("no races were lost")
 
 
 @pytest.mark.parametrize("fault", [fault for fault, loses in FAULTS.values() if loses])

@@ -391,8 +391,8 @@ def test_a_guest_sees_the_side_that_the_shadow_says(rebinding):
     vcpu = load(rebinding, READ)
     slot = rebinding.memory.add(0x200000, 32 * PAGE, guest_memfd=True, discard=False)
     for page in range(32):
-        slot[page * PAGE] = 0x11
-        os.pwrite(slot.guest_memfd, b"\x22", page * PAGE)
+        slot[page * PAGE] = page
+        os.pwrite(slot.guest_memfd, bytes([0x80 | page]), page * PAGE)
     chance = random.Random(3)
     model = [False] * 32
     for _ in range(stress(150)):
@@ -403,8 +403,51 @@ def test_a_guest_sees_the_side_that_the_shadow_says(rebinding):
         model[first : first + count] = [private] * count
     for page in range(32):
         vcpu.regs.rip, vcpu.regs.rdi = CODE, 0x200000 + page * PAGE
-        assert vcpu.run(timeout=10).data == (b"\x22" if model[page] else b"\x11")
+        assert vcpu.run(timeout=10).data == bytes([0x80 | page if model[page] else page])
         assert rebinding.memory.is_private(0x200000 + page * PAGE) == model[page]
+
+
+def test_memslots_that_cannot_be_made_or_deleted_leave_the_old_ones(tmp_path_factory):
+    """KVM fails at the first, second, ... call of a conversion: afterwards it has the memslots from before, and all numbers are
+    free that were."""
+    done = python("""
+import ctypes, os
+from kvmexit import ConversionError, SlotRebind, VMType
+from kvmexit._ioctl import Handle
+from kvmexit._memory import Memory
+from kvmexit._vcpus import Vcpus
+
+lib = ctypes.CDLL(None)
+memslots = (ctypes.c_uint64 * 64).in_dll(lib, "memslots")
+fail_at = ctypes.c_uint.in_dll(lib, "fail_at")
+interruptions = ctypes.c_uint.in_dll(lib, "interruptions")
+for n in range(1, 6):
+    handle = Handle(os.open("/dev/null", os.O_RDWR), "a test")
+    memory = Memory(handle, VMType.DEFAULT, True, range(8), SlotRebind(), Vcpus(handle))
+    slot = memory.add(0x10000, 8 * 4096, guest_memfd=True)
+    memory.convert(0x12000, 0x2000, private=True)
+    before, ranges = list(memslots), memory.ranges()
+    fail_at.value = n
+    try:
+        memory.convert(0x15000, 0x1000, private=True)
+        print("not failed at", n)
+        break
+    except ConversionError as error:
+        assert (error.errno, error.done) == (12, 0), error
+    assert sorted(before) == sorted(memslots), (n, before, list(memslots))
+    assert (memory.ranges(), memory.is_private(0x15000)) == (ranges, False)
+    memory.convert(0x15000, 0x1000, private=True)
+    sides = {memslots[2 * i + 1] - memslots[2 * i] for i in range(8) if memslots[2 * i + 1]}
+    assert len(sides) == 2 and slot.hva - 0x10000 in sides  # an address belongs to its side at its own offset
+    memory.convert(0x10000, 8 * 4096, private=False)
+    memory.remove(slot)
+    assert not any(memslots)
+    assert sorted(memory.add(0x100000 * i, 4096).number for i in range(8)) == list(range(8))
+    for slot in memory.slots:
+        memory.remove(slot)
+print(n, interruptions.value > 20)
+""", env=preload(compiled(tmp_path_factory, "interrupted")))
+    assert (done.stdout, done.stderr) == ("not failed at 5\n5 True\n", "")  # one deleted, three made
 
 
 def test_memslot_numbers_come_back_and_run_out(scripted):

@@ -1,6 +1,7 @@
 """Memslots: what they are made of, how they are read, what is refused, and that nothing is left behind."""
 
 import contextlib
+import errno
 import gc
 import mmap
 import os
@@ -11,6 +12,7 @@ from processes import leaks
 
 import kvmexit
 from kvmexit import GuestMemfdFlags, KvmError
+from kvmexit.testing import RecordedAttributes
 
 PAGE = 4096
 MMAP_SHARED = GuestMemfdFlags.MMAP | GuestMemfdFlags.INIT_SHARED
@@ -277,6 +279,15 @@ def test_an_overlap_names_the_slot(scripted, gpa, size):
         scripted.memory.add(gpa, size)
 
 
+@pytest.mark.parametrize(("gpa", "size"), [(2**64 - PAGE, PAGE), (2**64 - 2 * PAGE, PAGE), (2**64 - 3 * PAGE, 2 * PAGE)])
+def test_an_overlap_with_the_last_addresses_there_are_is_seen(scripted, gpa, size):
+    """A slot's end, 2**64, is no 64-bit number."""
+    scripted.memory.add(2**64 - 2 * PAGE, 2 * PAGE)
+    with pytest.raises(ValueError, match="overlaps Slot"):
+        scripted.memory.add(gpa, size)
+    scripted.memory.add(2**64 - 3 * PAGE, PAGE)
+
+
 def test_a_file_too_short_or_not_writable_is_refused(scripted, file, tmp_path):
     """With its size; and a read-only descriptor serves a read-only slot."""
     with pytest.raises(ValueError, match=r"0x4000 bytes, too short"):
@@ -362,6 +373,22 @@ def test_the_older_ioctl_serves_where_the_newer_is_missing(vm):
     kvmexit.x86.long_mode(vcpu, CODE, cpl=3)
     assert vcpu.run(timeout=10).data == b"\x33"
     old.withdraw()
+
+
+def test_a_slot_that_cannot_be_given_up_is_kept(vm):
+    """Its private pages cannot be made shared (an adopted VM that died, say): the converter goes on knowing it, so it stays."""
+    if not vm.check(234):
+        pytest.skip("this kernel has no guest_memfd")
+    recorded = RecordedAttributes({2: errno.EIO})
+    ours = kvmexit._memory.Memory(kvmexit._ioctl.Handle(os.dup(vm.fd), "a test"), vm.type, True, range(100, 110), recorded)
+    ours.add(0, 4 * PAGE, guest_memfd=True, discard=False)
+    ours.add(1 << 20, PAGE)
+    ours.convert(0, PAGE, private=True)
+    ours.withdraw()
+    assert [slot.gpa for slot in ours.slots] == [0]
+    assert ours.ranges() == [(0, PAGE, True), (PAGE, 3 * PAGE, False)]
+    ours.withdraw()
+    assert (ours.slots, ours.ranges()) == ((), [])
 
 
 def test_failures_leave_nothing_behind(vm, file):

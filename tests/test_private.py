@@ -4,6 +4,7 @@ A software-protected VM derives from the attribute whether an access is private,
 PRIVATE faults come from private pages whose guest_memfd is gone. The guest's code lies in shared memory.
 """
 
+import os
 import random
 import struct
 import threading
@@ -125,6 +126,33 @@ def test_without_discard_both_sides_keep_their_data(vm):
     assert guest.peek(REGION) == 0x5AED
     vm.memory.convert(REGION, PAGE, private=True)
     assert guest.peek(REGION) == 0x9417
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_an_adopted_vm_converts_what_its_owner_made(vm, discard):
+    """What is private there is not known, then converted through us; data of both sides goes only where the owner said so. The
+    owner's descriptor stays open."""
+    slot = vm.memory.add(REGION, 4 * PAGE, guest_memfd=True)
+    vm.memory.convert(REGION, PAGE, private=True)
+    guest = Guest(vm)
+    guest.poke(REGION, 0x9417)
+    put_word(vm, REGION + PAGE, 0x5AED)
+    theirs = kvmexit.AdoptedSlot(slot.number, slot.gpa, slot.size, slot.hva, slot.guest_memfd, 0, discard)
+    with kvmexit.VM.adopt(vm.fd, type=kvmexit.VMType.SW_PROTECTED, slots=[theirs]) as ours:
+        pages = range(REGION, REGION + 4 * PAGE, PAGE)
+        assert ([ours.memory.is_private(gpa) for gpa in pages], ours.memory.ranges()) == ([None] * 4, [])
+        ours.memory.convert(REGION, 2 * PAGE, private=True)
+        assert [ours.memory.is_private(gpa) for gpa in pages] == [True, True, None, None]
+        assert ours.memory.ranges() == [(REGION, 2 * PAGE, True)]
+        assert (guest.peek(REGION), guest.peek(REGION + PAGE)) == (0x9417, 0)
+        ours.memory.convert(REGION, 4 * PAGE, private=False)
+        assert ours.memory.ranges() == [(REGION, 4 * PAGE, False)]
+        assert (guest.peek(REGION), guest.peek(REGION + PAGE)) == (0, 0 if discard else 0x5AED)
+        ours.memory.convert(REGION, PAGE, private=True)
+        assert guest.peek(REGION) == (0 if discard else 0x9417)
+    assert slot.guest_memfd is not None
+    os.fstat(slot.guest_memfd)
+    assert guest.peek(REGION) == (0 if discard else 0x9417)
 
 
 # ---- faults ----

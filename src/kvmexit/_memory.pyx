@@ -158,10 +158,11 @@ cdef class Slot:
         cdef int fd = -1
         cdef Region *r = &self.region
         cdef Converter *c
-        cdef Step step = BUSY
-        if r.gmem_fd < 0 or self.conversions is None:
+        cdef Conversions conversions = self.conversions  # stay, also when the slot is removed meanwhile
+        cdef Step step
+        if r.gmem_fd < 0 or conversions is None:
             raise Error(f"{self!r} has no guest_memfd")
-        c = &self.conversions.c
+        c = &conversions.c
         if isinstance(self.mapping, GmemMapping):
             self.view_ = None
             try:
@@ -169,9 +170,11 @@ cdef class Slot:
             except BufferError:
                 self.view_ = memoryview(self.mapping)
                 raise BufferError(f"views of {self!r} exist and keep its guest_memfd alive: release them first") from None
-        while step == BUSY:
+        while True:
             with nogil:
                 step = exclude(c, r, &fd)
+            if step != BUSY:
+                break  # and what is in our hands now, no exception may make us drop
             PyErr_CheckSignals()
         if fd >= 0:
             close_descriptor(fd)
@@ -415,13 +418,17 @@ cdef class Memory:
         if not 0 <= index(gpa) <= UINT64_MAX:
             raise ValueError(f"gpa {gpa:#x} is no 64-bit address")
         at = gpa
-        while True:
-            self.handle.check()
-            with nogil:
-                state = state_at(self.converter, at)
-            if state != -2:
-                return None if state < 0 else state == 1
-            PyErr_CheckSignals()
+        self.handle.check()
+        self.handle.users += 1  # close() waits
+        try:
+            while True:
+                with nogil:
+                    state = state_at(self.converter, at)
+                if state != -2:
+                    return None if state < 0 else state == 1
+                self.look_around()
+        finally:
+            self.handle.users -= 1
 
     def ranges(self):
         """-> a list of MemoryRange(gpa, size, private): the slots' memory as runs of one state, as long as they can be, by
@@ -429,15 +436,19 @@ cdef class Memory:
         cdef Run *runs = NULL
         cdef size_t count = 0
         cdef Step step
-        while True:
-            self.handle.check()
-            with nogil:
-                step = list_runs(self.converter, &runs, &count)
-            if step == DONE:
-                break
-            if step != BUSY:
-                raise MemoryError
-            PyErr_CheckSignals()
+        self.handle.check()
+        self.handle.users += 1  # close() waits
+        try:
+            while True:
+                with nogil:
+                    step = list_runs(self.converter, &runs, &count)
+                if step != BUSY:
+                    break
+                self.look_around()
+        finally:
+            self.handle.users -= 1
+        if step != DONE:
+            raise MemoryError
         try:
             return [MemoryRange(runs[i].first, runs[i].last - runs[i].first + 1, bool(runs[i].private))
                     for i in range(count)]
@@ -495,11 +506,14 @@ cdef class Memory:
         return ConversionError(gpa, size, private, done, why, result.error)
 
     def _insert(self, Slot slot):
+        """Let conversions find a slot. Where it raises they do not, and the slot can go."""
         cdef Region *r = &slot.region
-        cdef Step step = BUSY
-        while step == BUSY:
+        cdef Step step
+        while True:
             with nogil:
                 step = insert(self.converter, r)
+            if step != BUSY:
+                break
             PyErr_CheckSignals()
         if step != DONE:
             raise MemoryError
@@ -525,12 +539,13 @@ cdef class Memory:
 
     cdef int _reserve_number(self) except -2:
         """A free memslot number, or -1."""
-        cdef int number = -2
-        while number == -2:
+        cdef int number
+        while True:
             with nogil:
                 number = reserve_number(self.converter)
+            if number != -2:
+                return number
             PyErr_CheckSignals()
-        return number
 
     cdef int _release_number(self, uint32_t number) except -1:
         cdef Step step = BUSY
@@ -566,7 +581,7 @@ cdef class Memory:
     def _check_free(self, gpa, size):
         cdef Slot slot
         for slot in self.slots:
-            if slot.gpa < gpa + size and gpa < slot.gpa + slot.size:
+            if slot.gpa < gpa + size and gpa <= slot.gpa + (slot.size - 1):  # which may be the last address there is
                 raise ValueError(
                     f"gpa {gpa:#x}, size {size:#x} overlaps {slot!r}: remove that slot, or choose other addresses")
 
@@ -592,13 +607,14 @@ cdef class Memory:
         try:
             if slot.region.private_side != NULL:
                 take_whole(&slot.region, number)
-            self._insert(slot)
-            slot.conversions = self.conversions
             self.set_region(slot, slot.size)
+            try:
+                self._insert(slot)
+            except BaseException:
+                self.set_region(slot, 0)
+                raise
+            slot.conversions = self.conversions
         except BaseException as error:
-            if slot.conversions is not None:
-                self._withdraw(slot)
-            slot.conversions = None
             self._release_number(number)
             if not isinstance(error, KvmError):
                 raise
@@ -677,17 +693,20 @@ cdef class Memory:
     def withdraw(self):
         """Delete our memslots from a VM that lives on without us."""
         cdef Slot slot
+        cdef list gone = []
         if self.handle.fd < 0 or self.handle.forks != forks():
             return
         with self.lock:
-            ours = [slot for slot in self.slots if not (<Slot>slot).adopted]
-            for slot in ours:
+            for slot in self.slots:
+                if slot.adopted:
+                    continue
                 try:
                     self._withdraw(slot)
                     self.set_region(slot, 0)
                 except Error:
-                    pass  # that VM is dead already
-            self.change_slots([], ours)
+                    continue  # that VM is dead already; the slot stays ours, whoever goes on using it
+                gone.append(slot)
+            self.change_slots([], gone)
 
     def close(self):
         """The VM is gone, and so are its memslots. Nobody converts any more: VM.close() has waited."""

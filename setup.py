@@ -70,6 +70,7 @@ def cythonized():
         include_path=["src"],
         compiler_directives={"language_level": "3", "auto_pickle": False, "nonecheck": True,
                              "linetrace": "coverage" in chosen()},
+        emit_linenums=bool({"asan", "tsan"} & set(chosen())),  # what they report is in the .pyx
     )
 
 

@@ -1,7 +1,7 @@
 """No allocation per exit: libc's allocator is counted, and Python's told to use it for everything."""
 
 import pytest
-from processes import compiled, python
+from processes import compiled, python, unsanitized
 
 PROGRAM = """
 import ctypes, os
@@ -31,6 +31,7 @@ print(calls(1000) > 0, calls(20_000) - calls(10_000))
 """
 
 
+@unsanitized("it has an allocator of its own, which is not counted")
 @pytest.mark.parametrize(
     ("steps", "answer"),
     [

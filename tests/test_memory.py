@@ -347,6 +347,7 @@ def test_finalizers_may_remove_slots_while_others_are_added(scripted):
             scripted.memory.remove(self.slot)
 
     threshold = gc.get_threshold()
+    gc.freeze()  # the collections are of what is made here
     try:
         for n in range(200):
             gc.disable()
@@ -361,6 +362,7 @@ def test_finalizers_may_remove_slots_while_others_are_added(scripted):
     finally:
         gc.set_threshold(*threshold)
         gc.enable()
+        gc.unfreeze()
 
 
 def test_the_older_ioctl_serves_where_the_newer_is_missing(vm):

@@ -3,6 +3,7 @@
 import os
 
 import kvmexit
+from kvmexit.testing import ScriptedVM
 
 CODE = 0x1000
 STRESS = float(os.environ.get("KVMEXIT_STRESS", "1"))
@@ -27,3 +28,14 @@ def load(vm, code, *, cpl=3, size=1 << 20, mode=kvmexit.x86.long_mode, **options
 def stress(count):
     """A count for a stress test, scaled by KVMEXIT_STRESS (1)."""
     return max(1, int(count * STRESS))
+
+
+class Typed(ScriptedVM):
+    """A scripted VM of any type."""
+
+    def __init__(self, type, attributes):
+        self.wanted = type
+        super().__init__(attributes=attributes)
+
+    def _set_up(self, handle, type, device):
+        super()._set_up(handle, self.wanted, device)

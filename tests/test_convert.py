@@ -7,7 +7,7 @@ import random
 import threading
 
 import pytest
-from guests import CODE, load, stress
+from guests import CODE, Typed, load, stress
 from processes import compiled, in_thread, leaks, preload, python
 
 import kvmexit
@@ -18,17 +18,6 @@ PAGE = 4096
 TOP = (1 << 64) - 70 * PAGE
 # where, how many pages, with guest_memfd: the first two adjoin, then a hole
 SLOTS = [(0, 65, True), (65 * PAGE, 64, True), (200 * PAGE, 3, False), (300 * PAGE, 128, True), (TOP, 70, True)]
-
-
-class Typed(ScriptedVM):
-    """A scripted VM of any type."""
-
-    def __init__(self, type, attributes):
-        self.wanted = type
-        super().__init__(attributes=attributes)
-
-    def _set_up(self, handle, type, device):
-        super()._set_up(handle, self.wanted, device)
 
 
 def machine(failures=None, type=kvmexit.VMType.DEFAULT):

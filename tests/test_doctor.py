@@ -7,8 +7,10 @@ import re
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from guests import OUT_FOREVER, SPIN, load
@@ -225,18 +227,24 @@ sys.exit(doctor.run(argparse.Namespace(device=sys.argv[1], json=False)))
 """
 
 
+@pytest.fixture
+def passable():
+    """A folder that everybody may pass. tmp_path is none: every pytest that starts closes its parents to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
 @pytest.mark.parametrize(("mode", "group", "advice"), [
     (0o660, 0, "usermod -aG root "),
     (0o600, 0, "give the device to group kvm"),
     (0o600, 65534, "give the device to group kvm"),
 ])
-def test_a_device_without_permission(tmp_path, mode, group, advice):
+def test_a_device_without_permission(passable, mode, group, advice):
     """The group to join, if it has access; else to give it some."""
     if os.getuid() != 0:
         pytest.skip("needs root to become somebody else")
-    for folder in [tmp_path, *list(tmp_path.parents)[:-2]]:
-        os.chmod(folder, 0o755)
-    device = tmp_path / "kvm"
+    device = passable / "kvm"
     try:
         os.mknod(device, stat.S_IFCHR | mode, os.makedev(1, 3))  # what is behind it does not matter
     except PermissionError:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from guests import CODE, Typed, load, stress
-from processes import compiled, in_thread, leaks, preload, python
+from processes import compiled, in_thread, leaks, preload, python, unsanitized
 
 import kvmexit
 from kvmexit import ConversionError, SlotRebind, handlers
@@ -260,6 +260,7 @@ def resident():
         return next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Rss:"))
 
 
+@unsanitized("what is freed is kept for a while")
 def test_the_shadow_costs_a_bit_a_page_and_only_where_it_was_written(scripted):
     """1 TiB: nothing for a slot that is shared, also when looked at; 32 KiB for 1 GiB private at its end; 32 MiB at most."""
     size = 1 << 40

@@ -435,7 +435,7 @@ cdef class Memory:
         address. Left out: holes, and pages of an adopted slot that were not converted yet. Error where the VM is closed."""
         cdef Run *runs = NULL
         cdef size_t count = 0
-        cdef Step step
+        cdef Step step = BUSY
         self.handle.check()
         self.handle.users += 1  # close() waits
         try:
@@ -508,7 +508,7 @@ cdef class Memory:
     def _insert(self, Slot slot):
         """Let conversions find a slot. Where it raises they do not, and the slot can go."""
         cdef Region *r = &slot.region
-        cdef Step step
+        cdef Step step = BUSY
         while True:
             with nogil:
                 step = insert(self.converter, r)

@@ -1,6 +1,8 @@
 """KVM vCPUs at C speed: exits decoded and answered in native code, Python called for what is left."""
 
-from kvmexit import handlers, testing, x86
+import os
+
+from kvmexit import handlers, native, testing, x86
 from kvmexit._convert import KvmAttributes, SlotRebind
 from kvmexit._exits import (
     ApResetHold,
@@ -141,7 +143,14 @@ __all__ = [
     "Wrmsr",
     "Xen",
     "__version__",
+    "get_include",
     "handlers",
+    "native",
     "testing",
     "x86",
 ]
+
+
+def get_include() -> str:
+    """The folder for a compiler's -I: <kvmexit/kvmexit.h> is what native handlers are written against."""
+    return os.path.join(os.path.dirname(__file__), "include")

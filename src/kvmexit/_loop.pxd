@@ -1,7 +1,9 @@
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvmexit._chain cimport kvmexit_route
 from kvmexit._exits cimport Exit
 from kvmexit._page cimport Page, kvmexit_vcpu
+from kvmexit._routes cimport RouteTable
 from kvmexit._vm cimport VM
 
 
@@ -21,6 +23,8 @@ cdef enum Outcome:
     LOOK          # nobody asked; Python may have signals to handle
     DRAINED       # the pending operation is complete, as asked
     LOOPING       # the same fault again and again
+    STOPPED       # a native handler wants run() to return it
+    BROKEN        # a native handler returned rubbish
 
 
 cdef class Vcpu:
@@ -30,17 +34,17 @@ cdef class Vcpu:
     cdef readonly int id
     cdef list cache              # the last Exit of each place
     cdef unsigned long main_thread
-    cdef bint software_protected
-    cdef uint64_t generation     # of what may repair a fault (Converter), at the last entry
+    cdef RouteTable table        # that the exit in hand goes down
 
     cdef int begin(self, timeout) except -1
     cdef int end(self) except -1
     cdef Outcome park(self) except? FAILED
     cdef Exit interruption(self, Outcome outcome)
-    cdef bint lost_race(self) noexcept
     cdef Outcome enter(self, bint drain) except? FAILED
     cdef Exit current(self)
     cdef bint dispatch(self, Exit e) except -1
+    cdef int dispatch_again(self, RouteTable routes, const kvmexit_route *route) except -1
+    cdef object _broken(self, const kvmexit_route *route)
     cdef Exit until_taken(self, bint drain)
 
 

@@ -17,6 +17,7 @@ from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOMEM, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
+from kvmexit._chain cimport KVMEXIT_API_VERSION, KVMEXIT_DONE, KVMEXIT_PASS, KVMEXIT_STOP, kvmexit_exit, kvmexit_route
 from kvmexit._convert cimport Converter, has_state, kvmexit_generation
 from kvmexit._exits cimport (
     PLACES, UNEXPLAINED, Exit, Interrupted, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make,
@@ -24,10 +25,11 @@ from kvmexit._exits cimport (
 )
 from kvmexit._page cimport REGS, Page, kvmexit_vcpu
 from kvmexit._registers cimport events_of, regs_of, sregs_of
-from kvmexit._routes cimport RouteTable
+from kvmexit._routes cimport RouteTable, kvmexit_begin_native, kvmexit_end_native, kvmexit_find, kvmexit_key
 from kvmexit._uapi cimport (
-    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_GET_REGS, KVM_INTERRUPT, KVM_NMI, KVM_RUN,
-    KVM_MEMORY_EXIT_FLAG_PRIVATE, KVMEXIT_REASON_SENTINEL, kvm_interrupt, kvm_regs,
+    KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
+    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GET_REGS, KVM_INTERRUPT, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_NMI, KVM_RUN,
+    KVMEXIT_REASON_SENTINEL, kvm_interrupt, kvm_regs, kvm_run,
 )
 from kvmexit._vcpus cimport paused_by, stopped_one
 from kvmexit._vm cimport VM
@@ -99,25 +101,50 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
     """Enter KVM until something needs Python. `drain`: only let KVM complete what is pending, and come back."""
     cdef Outcome outcome
     cdef int unwritten = 0, no_memory = 0  # in a row
+    cdef uint32_t reason
+    cdef uint64_t generation
     if drain:
         kvmexit_set_immediate_exit(c)
     else:
         kvmexit_renew(c)
     while True:
+        generation = kvmexit_generation(&(<Converter *>c.converter).generation)
+        if c.generation != generation:
+            c.generation = generation
+            c.fault_count = 0  # something was done about it
         c.run.exit_reason = KVMEXIT_REASON_SENTINEL
         c.error = -c.enter(c)
         c.entries += 1
+        reason = c.reason
         c.reason = c.run.exit_reason
         outcome = triage(c.error, c.reason)
         if outcome == EXIT:
             c.completes = completes_on_entry(c.reason)
             c.fault_count = 0
-            return EXIT
+            if c.reason == KVM_EXIT_IRQ_WINDOW_OPEN:
+                c.run.request_interrupt_window = 0
+            outcome = dispatch_natively(c, EXIT)
+            if outcome != AGAIN:
+                return outcome
+            unwritten = no_memory = 0
+            continue
         if outcome == FAULT:
             c.completes = False
             if c.reason != KVM_EXIT_MEMORY_FAULT:
                 c.reason = KVMEXIT_REASON_SENTINEL  # a bare fault, whatever else the page says
-            return LOOPING if fault_repeats(c) else FAULT
+            if fault_repeats(c):
+                classify(c)
+                return LOOPING
+            if lost_race(c):
+                c.retried_race += 1
+                continue
+            outcome = dispatch_natively(c, FAULT)
+            if outcome != AGAIN:
+                return outcome
+            unwritten = no_memory = 0
+            continue
+        if c.completes and outcome != INTERRUPTED:
+            c.reason = reason  # there was no entry: what was pending still is
         if outcome == INTERRUPTED:
             # KVM completes what is pending before it looks at immediate_exit (kvm_arch_vcpu_ioctl_run).
             c.completes = False
@@ -139,6 +166,103 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
                 return UNWRITTEN
         else:
             return FAILED
+
+
+cdef Outcome dispatch_natively(kvmexit_vcpu *c, Outcome outcome) noexcept nogil:
+    """Offer the exit in hand to the native handlers that come before Python's. AGAIN: one took it; STOPPED, BROKEN, or
+    `outcome`, where it is Python's or nobody's. Unless it is AGAIN, the table stays in use until enter() holds it."""
+    cdef kvmexit_exit exit
+    cdef uint64_t key
+    cdef int verdict
+    classify(c)
+    key = kvmexit_key(c)
+    c.answered = False
+    c.table = kvmexit_begin_native(c)
+    c.chain = kvmexit_find(c, c.table, key)
+    if c.chain.call == NULL:
+        return outcome
+    describe(c, &exit, key)
+    while c.chain.call != NULL:
+        verdict = call_natively(c, &exit)
+        if verdict == KVMEXIT_DONE:
+            kvmexit_end_native(c)
+            return AGAIN
+        if verdict == KVMEXIT_STOP:
+            return STOPPED
+        if verdict != KVMEXIT_PASS:
+            return BROKEN
+    return outcome
+
+
+cdef int call_natively(kvmexit_vcpu *c, kvmexit_exit *exit) noexcept nogil:
+    """Offer the exit to the native handler whose turn it is. -> its verdict."""
+    cdef const kvmexit_route *route = c.chain
+    cdef int verdict
+    exit.base = route.first
+    verdict = route.call(exit, route.opaque)
+    if verdict == KVMEXIT_DONE:
+        c.answered = True
+        c.chain = NULL
+    else:
+        c.chain = route + 1
+    return verdict
+
+
+cdef void describe(kvmexit_vcpu *c, kvmexit_exit *exit, uint64_t key) noexcept nogil:
+    """The exit in hand as native handlers see it (include/kvmexit/kvmexit.h)."""
+    cdef kvm_run *run = c.run
+    exit.version = KVMEXIT_API_VERSION
+    exit.reason = c.reason
+    exit.error = c.error
+    exit.vcpu = c.id
+    exit.address = key
+    exit.size = 0
+    exit.count = 1
+    exit.is_write = 0
+    exit.owes = c.needs
+    exit.reserved = 0
+    exit.data = NULL
+    exit.flags = 0
+    exit.run = run
+    if c.place == KVM_EXIT_IO:
+        exit.size = run.io.size
+        exit.count = run.io.count
+        exit.is_write = run.io.direction == KVM_EXIT_IO_OUT
+        exit.data = <char *>run + run.io.data_offset
+    elif c.place == KVM_EXIT_MMIO:
+        exit.size = run.mmio.len
+        exit.is_write = run.mmio.is_write
+        exit.data = run.mmio.data
+    elif c.place == KVM_EXIT_MEMORY_FAULT:
+        exit.size = run.memory_fault.size
+        exit.flags = run.memory_fault.flags
+    elif c.place == KVM_EXIT_HYPERCALL:
+        exit.size = sizeof(run.hypercall.ret)
+        exit.data = &run.hypercall.ret
+        if not c.answered:
+            run.hypercall.ret = 0  # stale bytes in 6.12
+    elif c.place == KVM_EXIT_X86_RDMSR or c.place == KVM_EXIT_X86_WRMSR:
+        exit.size = sizeof(run.msr.data)
+        exit.is_write = c.place == KVM_EXIT_X86_WRMSR
+        exit.data = &run.msr.data
+
+
+cdef bint lost_race(kvmexit_vcpu *c) noexcept nogil:
+    """Whether a fault only shows that another vCPU was converting since this one entered: then there is nothing to do.
+
+    What the guest asks for has been done meanwhile. Or, in a software-protected VM, any fault at such a time: the guest
+    has no say there, KVM takes an access for what its page is, and faults where that changes under its hands
+    (arch/x86/kvm/mmu/mmu.c, kvm_mmu_faultin_pfn). A fault with another cause comes again.
+    """
+    cdef Converter *converter = <Converter *>c.converter
+    cdef uint64_t first = c.run.memory_fault.gpa, size = c.run.memory_fault.size
+    cdef bint private = c.run.memory_fault.flags & KVM_MEMORY_EXIT_FLAG_PRIVATE != 0
+    cdef bint converted = c.generation != kvmexit_generation(&converter.generation)
+    if c.reason != KVM_EXIT_MEMORY_FAULT or c.error != EFAULT or size == 0 or first + (size - 1) < first:
+        return False
+    if c.software_protected:
+        return converted or has_state(converter, first, first + (size - 1), private) == -1
+    return converted and has_state(converter, first, first + (size - 1), private) == 1
 
 
 cdef Outcome interrupted(kvmexit_vcpu *c, bint drain) noexcept nogil:
@@ -210,7 +334,8 @@ cdef class Vcpu:
         vcpu.id = id
         vcpu.cache = [None] * PLACES
         vcpu.main_thread = threading.main_thread().ident
-        vcpu.software_protected = vm.type == VMType.SW_PROTECTED
+        page.c.converter = vm.memory.converter
+        page.c.software_protected = vm.type == VMType.SW_PROTECTED
         if page.c.enter == NULL:
             page.c.enter = kvmexit_enter_kvm
         page.c.fault_limit = DEFAULT_FAULT_LIMIT
@@ -280,6 +405,8 @@ cdef class Vcpu:
     cdef int end(self) except -1:
         self.page.owner = 0  # P15: then who waits in pause() is told
         kvmexit_end(&self.page.c)
+        if self.vm.routing.retired:
+            self.vm.routing.reap()
         if kvmexit_requests(&self.page.c) & KVMEXIT_REQUEST_PAUSE:
             stopped_one()
         return 0
@@ -361,6 +488,8 @@ cdef class Vcpu:
                         continue
                 if outcome == KICKED or outcome == TIMED_OUT:
                     return self.interruption(outcome)
+                if outcome == STOPPED:
+                    return self.current()
                 if outcome != EXIT and outcome != FAULT:
                     self._fail(outcome)
             e = self.current()
@@ -373,64 +502,46 @@ cdef class Vcpu:
         """One burst, and the book-keeping around it."""
         cdef kvmexit_vcpu *c = self.c
         cdef Outcome outcome
-        cdef uint32_t reason = c.reason
-        cdef uint64_t generation = kvmexit_generation(&self.vm.memory.converter.generation)
+        cdef RouteTable table
+        cdef uint64_t native = c.native
         if c.forks[0] != c.born:
             self.page.check()  # a handler has forked: the child must not store to the parent's page
+        c.chain = NULL
         c.seq += 1  # with the GIL held: from here on no other thread can answer the previous exit
-        if c.fault_count and self.generation != generation:
-            c.fault_count = 0  # something was done about it
-        self.generation = generation
         with nogil:
             outcome = burst(c, drain)
         self.page.valid = self.page.synced  # only what KVM copied on return is current
         if self.page.flushed:
             self.page.settle()
         if outcome == FAILED or outcome == NO_MEMORY or outcome == UNWRITTEN:
-            if c.completes:
-                # The entry did not happen: what was pending still is, with its answer.
-                c.reason = reason
-                c.seq -= 1
-            else:
+            # Where something is pending the entry did not happen: it still is, with its answer, Python's or a native one.
+            if not c.completes:
                 c.needs = False
+            elif c.native == native:
+                c.seq -= 1
             return outcome
-        classify(c)
-        if outcome == EXIT:
+        if outcome == EXIT or outcome == FAULT or outcome == BROKEN:
             c.unsettled = True
-            if c.reason == KVM_EXIT_IRQ_WINDOW_OPEN:
-                c.run.request_interrupt_window = 0
-        elif outcome == FAULT:
-            if self.lost_race():
-                c.retried_race += 1
-                return LOOK
-            c.unsettled = True
-        elif outcome == LOOPING:
-            c.unsettled = False
+            table = <RouteTable>c.table.owner
+            kvmexit_end_native(c)
+            self.table = table  # only now: what it lets go may run a finalizer that waits for us
         else:
-            c.needs = False  # there is no exit
+            c.chain = NULL
+            if outcome == STOPPED or outcome == LOOPING:
+                c.unsettled = False
+            else:
+                c.needs = False  # there is no exit
+        if c.native & 1:
+            kvmexit_end_native(c)
         return outcome
 
-    cdef bint lost_race(self) noexcept:
-        """Whether a fault only shows that another vCPU was converting since this one entered: then there is nothing to do.
-
-        What the guest asks for has been done meanwhile. Or, in a software-protected VM, any fault at such a time: the guest
-        has no say there, KVM takes an access for what its page is, and faults where that changes under its hands
-        (arch/x86/kvm/mmu/mmu.c, kvm_mmu_faultin_pfn). A fault with another cause comes again.
-        """
-        cdef kvmexit_vcpu *c = self.c
-        cdef Converter *converter = self.vm.memory.converter
-        cdef uint64_t first = c.run.memory_fault.gpa, size = c.run.memory_fault.size
-        cdef bint private = c.run.memory_fault.flags & KVM_MEMORY_EXIT_FLAG_PRIVATE != 0
-        cdef bint converted = self.generation != kvmexit_generation(&converter.generation)
-        if c.reason != KVM_EXIT_MEMORY_FAULT or c.error != EFAULT or size == 0 or first + (size - 1) < first:
-            return False
-        if self.software_protected:
-            return converted or has_state(converter, first, first + (size - 1), private) == -1
-        return converted and has_state(converter, first, first + (size - 1), private) == 1
-
     def _fail(self, int outcome):
-        """Raise for a KVM_RUN that failed. What was pending still is."""
+        """Raise for a KVM_RUN or a handler that failed. What was pending still is."""
         cdef kvmexit_vcpu *c = &self.page.c
+        if outcome == BROKEN:
+            broken = self._broken(c.chain - 1)
+            self.table, c.chain = None, NULL
+            raise broken
         if outcome == LOOPING:
             c.fault_count = 0
             fault = self.current()
@@ -466,17 +577,30 @@ cdef class Vcpu:
     cdef bint dispatch(self, Exit e) except -1:
         """Offer an exit to the handlers. True: one took it. It stays unsettled when one raises."""
         cdef kvmexit_vcpu *c = self.c
-        cdef RouteTable routes = self.vm.routes
-        cdef Py_ssize_t position = 0
+        cdef RouteTable routes
+        cdef const kvmexit_route *route = c.chain
         cdef PyObject *handler
         cdef PyObject *arguments[3]
+        cdef int native
+        if route != NULL:
+            routes, self.table, c.chain = self.table, None, NULL
+        else:  # offered again: from the first one on
+            routes = self.vm.routing.table
+            route = kvmexit_find(c, &routes.table, kvmexit_key(c))
         c.unsettled = True
         c.answered = False
         while True:
-            handler = routes.find(e, &position)
+            handler = <PyObject *>route.handler
             if handler == NULL:
                 c.unsettled = False
                 return False
+            if route.call != NULL:
+                native = self.dispatch_again(routes, route)
+                if native == KVMEXIT_PASS:
+                    route += 1
+                    continue
+                c.unsettled = False
+                return native == KVMEXIT_DONE
             # Called directly: a reference less, and the stable ABI has no shorter way.
             arguments[1], arguments[2] = <PyObject *>self, <PyObject *>e
             verdict = PyObject_Vectorcall(<object>handler, arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
@@ -487,6 +611,7 @@ cdef class Vcpu:
                 c.unsettled = False
                 return True
             if verdict is PASS:
+                route += 1
                 continue
             if verdict is STOP:
                 c.unsettled = False
@@ -494,6 +619,30 @@ cdef class Vcpu:
             answer(e, verdict)
             c.unsettled = False
             return True
+
+    cdef int dispatch_again(self, RouteTable routes, const kvmexit_route *route) except -1:
+        """Call a native handler that comes after Python's, with the GIL released. -> its verdict."""
+        cdef kvmexit_vcpu *c = self.c
+        cdef kvmexit_exit exit
+        cdef int verdict
+        self.page.check()  # a Python handler before it has forked: the child must not store to the parent's page
+        # One that was removed meanwhile has passed: its memory may be gone. With the GIL held, so that a remove() either is
+        # seen here, or sees us at it.
+        if routes is not self.vm.routing.table and not self.vm.routing.table.has(route):
+            return KVMEXIT_PASS
+        kvmexit_begin_native(c)
+        c.chain = route
+        describe(c, &exit, kvmexit_key(c))
+        with nogil:
+            verdict = call_natively(c, &exit)
+            kvmexit_end_native(c)
+        c.chain = NULL
+        if verdict not in (KVMEXIT_DONE, KVMEXIT_PASS, KVMEXIT_STOP):
+            raise self._broken(route)
+        return verdict
+
+    cdef object _broken(self, const kvmexit_route *route):
+        return Error(f"{<object><PyObject *>route.handler!r} returned neither KVMEXIT_DONE, KVMEXIT_PASS nor KVMEXIT_STOP")
 
     @property
     def pending(self):

@@ -31,6 +31,22 @@ struct kvmexit_vcpu {
     const unsigned *forks; /* how often this process was forked into being, and ... */
     unsigned born;         /* ... how often it had been when this was made: a child must not touch the shared page */
 
+    /* native handlers: _routes.h */
+    const void **cell;  /* the VM's table; atomic */
+    const int *fenced;
+    uint64_t native;    /* atomic; odd while a table is in use */
+    const struct kvmexit_table *table; /* the one in use when the burst ended, and ... */
+    const struct kvmexit_route *chain; /* ... who comes next there; NULL: begin with the first of the VM's table */
+    const void *hit;    /* the segment that was found last */
+    uint64_t hit_serial;
+    uint32_t hit_place;
+    uint32_t id;
+
+    /* what may have repaired a fault: _convert.pxd */
+    void *converter;
+    uint64_t generation; /* at the last entry */
+    int software_protected;
+
     /* written by other threads */
     uint32_t request; /* atomic */
     int32_t tid;      /* atomic; the thread inside run(), or 0 */

@@ -1,6 +1,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from posix.types cimport pid_t
 
+from kvmexit._chain cimport kvmexit_route, kvmexit_table
 from kvmexit._ioctl cimport Handle
 from kvmexit._uapi cimport kvm_regs, kvm_run
 
@@ -25,6 +26,15 @@ cdef extern from "_page.h" nogil:
         uint32_t reason, place
         int error
         int needs, answered, unsettled, completes
+        const void **cell
+        const int *fenced
+        uint64_t native
+        const kvmexit_table *table
+        const kvmexit_route *chain
+        uint32_t id
+        void *converter
+        uint64_t generation
+        int software_protected
         uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem, retried_race
         uint32_t fault_limit, fault_count
         int regs_synced

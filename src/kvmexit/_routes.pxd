@@ -1,22 +1,40 @@
-from cpython.ref cimport PyObject
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport uint64_t
 
-from kvmexit._exits cimport Exit
+from kvmexit._chain cimport kvmexit_handler, kvmexit_route, kvmexit_table
+from kvmexit._page cimport Page, kvmexit_vcpu
+
+
+cdef extern from "_routes.h" nogil:
+    const kvmexit_table *kvmexit_begin_native(kvmexit_vcpu *)
+    void kvmexit_end_native(kvmexit_vcpu *)
+    uint64_t kvmexit_key(const kvmexit_vcpu *)
+    const kvmexit_route *kvmexit_find(kvmexit_vcpu *, const kvmexit_table *, uint64_t key)
 
 
 cdef enum:
     ANY = -1  # every exit
 
 
-cdef struct Range:
-    int32_t place         # as Exit.place, or ANY
-    uint64_t first, last  # of the port, GPA, hypercall number or MSR index; inclusive
-    PyObject *handler
+cdef class Native:
+    cdef kvmexit_handler call
+    cdef void *opaque
 
 
 cdef class RouteTable:
-    cdef Range *ranges
-    cdef Py_ssize_t count
-    cdef tuple entries      # in the order of ranges; keeps the handlers alive
+    cdef kvmexit_table table
+    cdef void *memory       # segments, chains and port blocks
+    cdef readonly tuple entries      # most specific first; keeps the handlers alive
+    cdef tuple plans        # per place: the segments, as [(first, last, chain)]
+    cdef tuple blocks       # of ports: see _blocks()
 
-    cdef PyObject *find(self, Exit e, Py_ssize_t *position) noexcept
+    cdef int build(self) except -1
+    cdef bint has(self, const kvmexit_route *route)
+
+
+cdef class Routing:
+    cdef readonly RouteTable table  # the present one
+    cdef const void *cell           # the same for the burst
+    cdef dict retired               # tables that a burst may still use: serial -> (table, [(page, native)])
+
+    cdef int attach(self, Page page) except -1
+    cdef int reap(self) except -1

@@ -1,8 +1,14 @@
 from collections.abc import Iterable
 from typing import Any, Self, final
 
+from typing_extensions import disjoint_base
+
+from kvmexit._page import Page
 from kvmexit._vm import VM
 from kvmexit.handlers import Handler
+
+@disjoint_base
+class Native: ...
 
 @final
 class Entry:
@@ -20,8 +26,18 @@ class Entry:
 
 @final
 class RouteTable:
-    def __new__(cls, entries: Iterable[Entry] = ()) -> Self: ...
+    def __new__(cls, entries: Iterable[Entry] = (), before: RouteTable | None = None) -> Self: ...
+    @property
+    def entries(self) -> tuple[Entry, ...]: ...
     def changed(self, added: Iterable[Entry], removed: Iterable[Entry]) -> RouteTable: ...
+
+@final
+class Routing:
+    def __new__(cls) -> Self: ...
+    @property
+    def table(self) -> RouteTable: ...
+    def swap(self, before: RouteTable, after: RouteTable, pages: Iterable[Page]) -> bool: ...
+    def settle(self) -> None: ...
 
 @final
 class Route:

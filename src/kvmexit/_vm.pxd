@@ -1,13 +1,13 @@
 from kvmexit._ioctl cimport Handle
 from kvmexit._memory cimport Memory
-from kvmexit._routes cimport RouteTable
+from kvmexit._routes cimport Routing
 from kvmexit._vcpus cimport Vcpus
 
 
 cdef class VM:
     cdef Handle handle
     cdef object __weakref__
-    cdef RouteTable routes
+    cdef Routing routing
     cdef object lock            # of changes to routes and capabilities
     cdef readonly Memory memory
     cdef readonly object type

@@ -19,7 +19,7 @@ from kvmexit._convert cimport KvmAttributes
 from kvmexit._ioctl cimport Handle, call, call_value, forks
 from kvmexit._memory cimport Memory
 from kvmexit._page cimport EVENTS, REGS, SREGS, Page, map_vcpu
-from kvmexit._routes cimport ANY, RouteTable
+from kvmexit._routes cimport ANY, Native, Routing
 from kvmexit._uapi cimport (
     KVM_API_VERSION, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_NR_MEMSLOTS,
     KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2,
@@ -134,7 +134,7 @@ cdef class VM:
         self.handle = handle
         self.type = type
         self.device = os.fspath(device)
-        self.routes = RouteTable()
+        self.routing = Routing()
         self.lock = threading.RLock()
         self.vcpus = Vcpus(handle)
 
@@ -316,6 +316,8 @@ cdef class VM:
     def _make_vcpu(self, cls, Page page, id):
         if page.c.fd >= 0:
             page.syncable = self.check(KVM_CAP_SYNC_REGS) & (REGS | SREGS | EVENTS)
+        page.c.id = id
+        self.routing.attach(page)
         vcpu = cls._make(self, page, id)
         self.vcpus.add(page)
         return vcpu
@@ -422,6 +424,8 @@ cdef class VM:
                 return function
             return register
         handler = coerce(handler)
+        if isinstance(handler, Native) and (<Native>handler).call == NULL:
+            raise TypeError(f"{handler!r} has no function: make native handlers of C functions with kvmexit.native.Function")
         with self.lock:
             self.handle.check()
             self.serial += 1
@@ -432,15 +436,14 @@ cdef class VM:
     def _remove_entries(self, entries):
         with self.lock:
             self._replace_routes((), entries)
+        if [True for entry in entries if isinstance(entry.handler, Native)]:
+            self.routing.settle()
 
     def _replace_routes(self, added, removed):
         """Swap the table. A finalizer that runs while the new one is made may swap it too: then once more."""
-        cdef RouteTable before
         while True:
-            before = self.routes
-            after = before.changed(added, removed)
-            if self.routes is before:
-                self.routes = after
+            before = self.routing.table
+            if self.routing.swap(before, before.changed(added, removed), self.vcpus.pages()):
                 return
 
 

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from kvmexit._exits import Exit, Hypercall, MemoryFault
     from kvmexit._loop import Vcpu
 
+from kvmexit._native import Function, foreign
+from kvmexit._routes import Native
 from kvmexit.errors import ConversionError
 
 __all__ = ["PASS", "STOP", "Handler", "Verdict", "coerce", "convert", "map_gpa_range"]
 
 _E = TypeVar("_E", bound="Exit")
-Handler: TypeAlias = Callable[["Vcpu", _E], object]
-"""A handler of one class of exits: `Handler[Io]` takes (vcpu, io)."""
+Handler: TypeAlias = Callable[["Vcpu", _E], object] | Native
+"""A handler of one class of exits: `Handler[Io]` takes (vcpu, io), or is a native one."""
 
 
 class Verdict(enum.Enum):
@@ -38,9 +40,19 @@ STOP: Final = Verdict.STOP
 
 
 def coerce(handler: Handler[Any]) -> Handler[Any]:
-    """The handler as the dispatcher calls it, `handler(vcpu, exit)`. TypeError says what would be accepted."""
+    """The handler as the dispatcher takes it: `handler(vcpu, exit)`, or a native one.
+
+    TypeError says what would be accepted.
+    """
+    if isinstance(handler, Native):
+        return handler
+    if foreign(handler):
+        return Function(handler)
     if not callable(handler):
-        raise TypeError(f"a handler is a callable taking (vcpu, exit), not {type(handler).__name__}")
+        raise TypeError(
+            "a handler is a callable taking (vcpu, exit), or a native one (kvmexit.native), "
+            f"not {type(handler).__name__}"
+        )
     if (
         inspect.iscoroutinefunction(handler)
         or inspect.isgeneratorfunction(handler)

@@ -1,9 +1,10 @@
-"""What an exit costs that a Python handler answers: on a scripted vCPU, with the kernel out of the way.
+"""What an exit costs that a native or a Python handler answers: on a scripted vCPU, with the kernel out of the way.
 
-    python benchmarks/python_path.py [--json FILE]
+    python benchmarks/dispatch.py [--json FILE]
 
-Three things run alternately over the same script, so that drift hits all alike: a C loop (enter, sentinel, payload),
-the same C loop taking the GIL and calling an empty Python function, and Vcpu.run() with that function as its handler.
+Four things run alternately over the same script, so that drift hits all alike: a C loop (enter, sentinel, payload),
+Vcpu.run() with a native handler, the C loop taking the GIL and calling an empty Python function, and Vcpu.run() with
+that function as its handler.
 A sample is the mean of one pass over the script, in ns an exit; p50, p99 and max are over the samples.
 """
 
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 
 import kvmexit
-from kvmexit import testing
+from kvmexit import native, testing
 
 EXITS, SAMPLES = 20_000, 120
 
@@ -63,6 +64,7 @@ SCRIPTS = {
         [testing.memory_fault(0x1000, rip=1), testing.memory_fault(0x2000, rip=2)], handler,
         lambda vm, f: vm.on_memory_fault(handler=f)),
     "pio_in": ([testing.pio_in(0x3FD)], in_handler, lambda vm, f: vm.on_pio(0x3F8, 8, f)),
+    "hypercall": ([testing.hypercall(12, 0)], in_handler, lambda vm, f: vm.on_hypercall(12, f)),
 }
 
 
@@ -86,13 +88,14 @@ def measure(control, steps, function, register):
     """-> name -> samples, in ns an exit."""
     ways = {
         "c": lambda vcpu: control.c_loop(vcpu),
+        "native": run,
         "c_calling": lambda vcpu: control.c_loop_calling(vcpu, function),
         "kvmexit": run,
     }
     samples = {name: [] for name in ways}
     for _ in range(SAMPLES):
         for name, way in ways.items():
-            vcpu = make(steps, function, register)
+            vcpu = make(steps, native.Ignore() if name == "native" else function, register)
             begun = time.perf_counter_ns()
             way(vcpu)
             samples[name].append((time.perf_counter_ns() - begun) / EXITS)
@@ -125,16 +128,18 @@ def main():
     control = build_control()
     result = {"machine": machine(), "exits": EXITS, "samples": SAMPLES, "ns": {}}
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
-    print(f"{'ns an exit':<14}{'C loop':>20}{'C loop calling Python':>26}{'kvmexit, Python handler':>28}"
-          f"{'above C loop':>14}{'ratio to calling':>18}")
+    print(f"{'ns an exit':<14}{'C loop':>22}{'native handler':>22}{'above':>7}{'C loop calling Python':>24}"
+          f"{'Python handler':>24}{'above C loop':>14}{'ratio to calling':>18}")
     for name, (steps, function, register) in SCRIPTS.items():
         samples = measure(control, steps, function, register)
         s = {way: summary(values) for way, values in samples.items()}
         result["ns"][name] = s
-        shown = ["{p50:.0f} p99 {p99:.0f} max {max:.0f}".format(**s[way]) for way in ("c", "c_calling", "kvmexit")]
+        shown = ["{p50:.0f} p99 {p99:.0f} max {max:.0f}".format(**s[way]) for way in s]
+        natively = s["native"]["p50"] - s["c"]["p50"]
         above = s["kvmexit"]["p50"] - s["c"]["p50"]
         ratio = s["kvmexit"]["p50"] / s["c_calling"]["p50"]
-        print(f"{name:<14}{shown[0]:>20}{shown[1]:>26}{shown[2]:>28}{above:>14.0f}{ratio:>18.2f}")
+        print(f"{name:<14}{shown[0]:>22}{shown[1]:>22}{natively:>7.0f}{shown[2]:>24}{shown[3]:>24}{above:>14.0f}"
+              f"{ratio:>18.2f}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
 

@@ -1,0 +1,9 @@
+"""Handlers in native code: they answer exits on the vCPU's thread without the GIL, whatever other Python threads do.
+
+Registered like Python handlers: `vm.on_pio(0x80, 1, native.Ignore())`. Anybody's function can be one (Function), and
+those that every VMM needs are here.
+"""
+
+from kvmexit._native import Counter, EventFd, Function, Ignore, Registers, Stop
+
+__all__ = ["Counter", "EventFd", "Function", "Ignore", "Registers", "Stop"]

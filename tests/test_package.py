@@ -33,7 +33,7 @@ def test_each_ordering_in_the_code_names_its_line_in_the_models():
 
 BURST = {
     "_loop": [
-        "triage", "burst", "interrupted", "outer_paused", "fault_repeats", "lost_race", "dispatch_natively", "call_natively",
+        "triage", "burst", "interrupted", "outer_paused", "fault_repeats", "note_generation", "lost_race", "dispatch_natively", "call_natively",
         "describe", "classify", "is_well_formed_io", "completes_on_entry"],
     "_convert": ["has_state", "find", "position"],
     "_native": ["ignore", "fill", "stop", "count", "ring", "access_registers", "load_register", "store_register"],

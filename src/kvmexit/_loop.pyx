@@ -102,16 +102,12 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
     cdef Outcome outcome
     cdef int unwritten = 0, no_memory = 0  # in a row
     cdef uint32_t reason
-    cdef uint64_t generation
     if drain:
         kvmexit_set_immediate_exit(c)
     else:
         kvmexit_renew(c)
+    note_generation(c)
     while True:
-        generation = kvmexit_generation(&(<Converter *>c.converter).generation)
-        if c.generation != generation:
-            c.generation = generation
-            c.fault_count = 0  # something was done about it
         c.run.exit_reason = KVMEXIT_REASON_SENTINEL
         c.error = -c.enter(c)
         c.entries += 1
@@ -126,6 +122,7 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
             outcome = dispatch_natively(c, EXIT)
             if outcome != AGAIN:
                 return outcome
+            note_generation(c)
             unwritten = no_memory = 0
             continue
         if outcome == FAULT:
@@ -137,10 +134,11 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
                 return LOOPING
             if lost_race(c):
                 c.retried_race += 1
-                continue
-            outcome = dispatch_natively(c, FAULT)
-            if outcome != AGAIN:
-                return outcome
+            else:
+                outcome = dispatch_natively(c, FAULT)
+                if outcome != AGAIN:
+                    return outcome
+            note_generation(c)
             unwritten = no_memory = 0
             continue
         if c.completes and outcome != INTERRUPTED:
@@ -166,6 +164,14 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
                 return UNWRITTEN
         else:
             return FAILED
+
+
+cdef void note_generation(kvmexit_vcpu *c) noexcept nogil:
+    """An exit is answered: what is converted from now on, is converted while the guest runs on."""
+    cdef uint64_t generation = kvmexit_generation(&(<Converter *>c.converter).generation)
+    if c.generation != generation:
+        c.generation = generation
+        c.fault_count = 0  # something was done about it
 
 
 cdef Outcome dispatch_natively(kvmexit_vcpu *c, Outcome outcome) noexcept nogil:

@@ -1,6 +1,18 @@
 from libc.stdint cimport uint8_t, uint64_t
 
+from kvmexit._chain cimport kvmexit_exit
 from kvmexit._routes cimport Native
+
+
+cdef extern from "_serial.h" nogil:
+    struct kvmexit_serial:
+        int fd
+        uint64_t sent, dropped
+    int kvmexit_serial_access(kvmexit_exit *, void *) noexcept
+    int kvmexit_serial_init(kvmexit_serial *, int fd, bint waits)
+    size_t kvmexit_serial_feed(kvmexit_serial *, const uint8_t *, size_t)
+    size_t kvmexit_serial_pending(kvmexit_serial *)
+    uint64_t kvmexit_serial_counted(const uint64_t *)
 
 
 cdef class Function(Native):
@@ -41,3 +53,7 @@ cdef class Registers(Native):
     cdef Py_buffer buffer
     cdef bytes mask
     cdef readonly object eventfd
+
+
+cdef class Serial16550(Native):
+    cdef kvmexit_serial serial

@@ -4,7 +4,9 @@ Each is an object of Python's that owns what its C function works on. The functi
 several at once; the state that they share is atomic.
 """
 
+import fcntl
 import os
+import stat
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -391,3 +393,79 @@ cdef class Registers(Native):
 
     def __repr__(self):
         return f"Registers(<{self.device.size} bytes>)"
+
+
+@cython.final
+cdef class Serial16550(Native):
+    """A serial port, a 16550A: what the guest prints goes to a file descriptor.
+
+        reader, writer = os.pipe()
+        serial = native.Serial16550(writer)
+        vm.on_pio(0x3f8, 8, serial)          # COM1; or on_mmio(gpa, 8, serial), its registers one byte apart
+        serial.feed(b"root\\n")              # 5: that many were taken
+        vcpu.run()
+        os.read(reader, 4096)
+
+    fd: a writable descriptor, or an object with fileno(), whose buffer is passed by; duplicated. sent, dropped: bytes that
+    were written to it, or could not be. feed(data): have the guest receive. pending: bytes fed that it has not read.
+
+    Transmitter: a byte is written when the guest writes it, a string instruction's bytes together, and the vCPU goes on when
+    that is done. A non-blocking descriptor (as it is when this is made) drops what finds no room. Any drops what fails
+    (EPIPE, ENOSPC); the next byte is tried again. SIGPIPE is ignored, as Python does, unless you have changed that. Where a
+    descriptor blocks, the vCPU waits for who reads it; where it is wanted elsewhere (a kick, a pause, a time-out; on the
+    main thread always), for a second at most, then drops. Somebody else who fills the same pipe can make that longer.
+
+    Receiver: 16 bytes in FIFO mode, else one. 4096 more wait until there is room; feed() takes no more than that. Drivers
+    empty the receiver at their beginning.
+
+    Registers: as the data sheet has them, with loopback, scratch, divisor latch and modem lines (DCD, DSR and CTS are on).
+    The transmitter is always empty. Baud rate, parity, break and trigger levels do nothing; there is no receive time-out.
+    There are no interrupts yet: IIR names the one there would be, by IER (overrun, received data, transmitter empty,
+    modem), for drivers that poll it; 1 is none. A wider access is one of each byte, low first, to registers one after
+    another; beyond the eighth reads are 0xff, and writes ignored. Exits other than PIO and MMIO pass.
+
+    Raises ValueError for a descriptor that cannot be written to. Source: PC16550D data sheet; Linux,
+    drivers/tty/serial/8250/8250_port.c, autoconfig().
+    """
+
+    def __cinit__(self, fd):
+        cdef int error
+        self.serial.fd = -1
+        self.opaque = &self.serial
+        fd = fd if isinstance(fd, int) else fd.fileno()
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            raise ValueError(f"fd {fd} cannot be written to")
+        waits = not flags & os.O_NONBLOCK and not stat.S_ISREG(os.fstat(fd).st_mode)
+        error = kvmexit_serial_init(&self.serial, os.dup(fd), waits)
+        if error:
+            raise OSError(error, os.strerror(error))
+        self.call = kvmexit_serial_access
+
+    def __dealloc__(self):
+        if self.opaque != NULL and self.serial.fd >= 0:  # else its __cinit__ did not begin, and this is 0
+            close(self.serial.fd)
+
+    def feed(self, data):
+        """Have the guest receive bytes; -> how many there was room for, from the first on. TypeError for other objects."""
+        cdef Py_buffer buffer
+        PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE)
+        try:
+            return kvmexit_serial_feed(&self.serial, <const uint8_t *>buffer.buf, buffer.len)
+        finally:
+            PyBuffer_Release(&buffer)
+
+    @property
+    def pending(self):
+        return kvmexit_serial_pending(&self.serial)
+
+    @property
+    def sent(self):
+        return kvmexit_serial_counted(&self.serial.sent)
+
+    @property
+    def dropped(self):
+        return kvmexit_serial_counted(&self.serial.dropped)
+
+    def __repr__(self):
+        return f"Serial16550(sent={self.sent}, dropped={self.dropped}, pending={self.pending})"

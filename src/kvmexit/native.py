@@ -4,6 +4,6 @@ Registered like Python handlers: `vm.on_pio(0x80, 1, native.Ignore())`. Anybody'
 those that every VMM needs are here.
 """
 
-from kvmexit._native import Counter, EventFd, Function, Ignore, Registers, Stop
+from kvmexit._native import Counter, EventFd, Function, Ignore, Registers, Serial16550, Stop
 
-__all__ = ["Counter", "EventFd", "Function", "Ignore", "Registers", "Stop"]
+__all__ = ["Counter", "EventFd", "Function", "Ignore", "Registers", "Serial16550", "Stop"]

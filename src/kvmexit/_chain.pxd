@@ -20,6 +20,7 @@ cdef extern from "include/kvmexit/kvmexit.h" nogil:
 
 
 cdef extern from "_routes.h" nogil:
+    const int KVMEXIT_LATER
     struct kvmexit_route:
         kvmexit_handler call
         void *opaque

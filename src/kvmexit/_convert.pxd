@@ -41,6 +41,7 @@ cdef extern from *:
         pass
     int pthread_mutex_init(pthread_mutex_t *, void *) nogil
     int pthread_mutex_destroy(pthread_mutex_t *) nogil
+    int pthread_mutex_lock(pthread_mutex_t *) nogil
     int pthread_mutex_trylock(pthread_mutex_t *) nogil
     int pthread_mutex_unlock(pthread_mutex_t *) nogil
     uint64_t kvmexit_generation(const uint64_t *) nogil
@@ -111,13 +112,20 @@ cdef struct Result:
     uint64_t where           # what the step is about
 
 
+cdef struct Tally:  # of what was converted
+    uint64_t runs            # a call of the backend each
+    uint64_t pages
+
+
 cdef struct Run:
     uint64_t first, last
     bint private
 
 
 cdef Result examine(Converter *c, uint64_t first, uint64_t last, bint private) noexcept nogil
-cdef Result convert_chunk(Converter *c, uint64_t first, uint64_t last, bint private) noexcept nogil
+cdef Result examine_fault(
+    Converter *c, uint64_t first, uint64_t last, bint private, uint64_t *low, uint64_t *high) noexcept nogil
+cdef Result convert_chunk(Converter *c, uint64_t first, uint64_t last, bint private, Tally *tally) noexcept nogil
 cdef Step insert(Converter *c, Region *r) noexcept nogil
 cdef Result withdraw(Converter *c, Region *r) noexcept nogil
 cdef int state_at(Converter *c, uint64_t gpa) noexcept nogil

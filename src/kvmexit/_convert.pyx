@@ -191,7 +191,7 @@ cdef Result withdraw(Converter *c, Region *r) noexcept nogil:
     cdef size_t i
     if kvmexit_lock_for(&c.lock, LOCK_WAIT_MS) != 0:
         return Result(BUSY, 0, 0, 0)
-    result = change(c, r.first, r.last, False, False)
+    result = change(c, r.first, r.last, False, False, NULL)
     if result.step == DONE:
         i = position(c, r.first)
         if i < c.count and c.regions[i] == r:
@@ -291,8 +291,44 @@ cdef Result refuse(Converter *c, uint64_t first, uint64_t last) noexcept nogil:
         i += 1
 
 
-cdef Result convert_chunk(Converter *c, uint64_t first, uint64_t last, bint private) noexcept nogil:
-    """Convert [first, last], or its first CHUNK: `at` says up to where every page has the wanted state."""
+cdef Result examine_fault(
+        Converter *c, uint64_t first, uint64_t last, bint private, uint64_t *low, uint64_t *high) noexcept nogil:
+    """What a fault over a range asks for. DONE: [low, high] are the slots that it lies in, and `at` is before `last` where a
+    page has not the wanted state. NO_SLOT; NO_PRIVATE_SIDE, whatever the state: what is private without one faults for ever.
+    """
+    cdef Result result = Result(DONE, 0, last, last)
+    cdef Region *r
+    cdef uint64_t at = first, page, end
+    cdef size_t i
+    if kvmexit_lock_for(&c.lock, LOCK_WAIT_MS) != 0:
+        return Result(BUSY, 0, first, first)
+    i = position(c, first)
+    while True:
+        if i == c.count or c.regions[i].first > at:
+            result = Result(NO_SLOT, 0, first, at)
+            break
+        r = c.regions[i]
+        if private and r.gmem_fd < 0:
+            result = Result(NO_PRIVATE_SIDE, 0, first, at)
+            break
+        if at == first:
+            low[0] = r.first
+        high[0] = r.last
+        end = pages_upto(r, last)
+        page = find(r, page_at(r, at), end, private, True)
+        if page < end and result.at == last:
+            result.at = address(r, page)
+        if r.last >= last:
+            break
+        at = r.last + 1
+        i += 1
+    pthread_mutex_unlock(&c.lock)
+    return result
+
+
+cdef Result convert_chunk(Converter *c, uint64_t first, uint64_t last, bint private, Tally *tally) noexcept nogil:
+    """Convert [first, last], or its first CHUNK: `at` says up to where every page has the wanted state. `tally`: what is
+    converted is added to it; or NULL."""
     cdef Result result
     cdef size_t i
     if kvmexit_lock_for(&c.lock, LOCK_WAIT_MS) != 0:
@@ -309,12 +345,13 @@ cdef Result convert_chunk(Converter *c, uint64_t first, uint64_t last, bint priv
     if private:
         result = refuse(c, first, last)
     if result.step == DONE:
-        result = change(c, first, last, private, True)
+        result = change(c, first, last, private, True, tally)
     pthread_mutex_unlock(&c.lock)
     return result
 
 
-cdef Result change(Converter *c, uint64_t first, uint64_t last, bint private, bint discards) noexcept nogil:
+cdef Result change(
+        Converter *c, uint64_t first, uint64_t last, bint private, bint discards, Tally *tally) noexcept nogil:
     """Give every page of a range that lies in a region the wanted state, with one call of the backend a run that has the
     other. The lock is held. Where there is no region everything is shared already."""
     cdef Result result
@@ -331,7 +368,7 @@ cdef Result change(Converter *c, uint64_t first, uint64_t last, bint private, bi
         if c.backend == NULL:
             return Result(NO_BACKEND, 0, address(r, page), address(r, page))
         n = end_of_run(c, i, page, last, private, &run_last)
-        result = change_run(c, i, n, address(r, page), run_last, private, discards)
+        result = change_run(c, i, n, address(r, page), run_last, private, discards, tally)
         if result.step != DONE or run_last == last:
             return result
         first = run_last + 1
@@ -359,7 +396,8 @@ cdef size_t end_of_run(
 
 
 cdef Result change_run(
-        Converter *c, size_t i, size_t n, uint64_t first, uint64_t last, bint private, bint discards) noexcept nogil:
+        Converter *c, size_t i, size_t n, uint64_t first, uint64_t last, bint private, bint discards,
+        Tally *tally) noexcept nogil:
     """Convert a run that lies in the regions i to n: attributes, shadow, then discard what went out of use.
 
     Where a discard fails the attributes are put back, so that the guest goes on with the data it has, and asking again does
@@ -382,6 +420,9 @@ cdef Result change_run(
                 return Result(STUCK, error, from_, from_)
             mark_run(c, k, n, from_, last, not private)
             return Result(DISCARD_FAILED, error, from_, from_)
+    if tally != NULL:
+        tally.runs += 1
+        tally.pages += ((last - first) >> PAGE_SHIFT) + 1
     return Result(DONE, 0, last, last)
 
 

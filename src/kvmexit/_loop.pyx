@@ -17,7 +17,9 @@ from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOMEM, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from kvmexit._chain cimport KVMEXIT_API_VERSION, KVMEXIT_DONE, KVMEXIT_PASS, KVMEXIT_STOP, kvmexit_exit, kvmexit_route
+from kvmexit._chain cimport (
+    KVMEXIT_API_VERSION, KVMEXIT_DONE, KVMEXIT_LATER, KVMEXIT_PASS, KVMEXIT_STOP, kvmexit_exit, kvmexit_route,
+)
 from kvmexit._convert cimport Converter, has_state, kvmexit_generation
 from kvmexit._exits cimport (
     PLACES, UNEXPLAINED, Exit, Interrupted, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make,
@@ -195,6 +197,8 @@ cdef Outcome dispatch_natively(kvmexit_vcpu *c, Outcome outcome) noexcept nogil:
             return AGAIN
         if verdict == KVMEXIT_STOP:
             return STOPPED
+        if verdict == KVMEXIT_LATER:
+            return outcome
         if verdict != KVMEXIT_PASS:
             return BROKEN
     return outcome
@@ -210,7 +214,7 @@ cdef int call_natively(kvmexit_vcpu *c, kvmexit_exit *exit) noexcept nogil:
         c.answered = True
         c.chain = NULL
     else:
-        c.chain = route + 1
+        c.chain = route if verdict == KVMEXIT_LATER else route + 1
     return verdict
 
 
@@ -605,6 +609,9 @@ cdef class Vcpu:
                 if native == KVMEXIT_PASS:
                     route += 1
                     continue
+                if native == KVMEXIT_LATER:
+                    self.vm.memory.look_around()
+                    continue
                 c.unsettled = False
                 return native == KVMEXIT_DONE
             # Called directly: a reference less, and the stable ABI has no shorter way.
@@ -643,7 +650,7 @@ cdef class Vcpu:
             verdict = call_natively(c, &exit)
             kvmexit_end_native(c)
         c.chain = NULL
-        if verdict not in (KVMEXIT_DONE, KVMEXIT_PASS, KVMEXIT_STOP):
+        if verdict not in (KVMEXIT_DONE, KVMEXIT_PASS, KVMEXIT_STOP, KVMEXIT_LATER):
             raise self._broken(route)
         return verdict
 

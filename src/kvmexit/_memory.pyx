@@ -384,7 +384,7 @@ cdef class Memory:
                 self.look_around()
             while result.step == DONE:
                 with nogil:
-                    result = convert_chunk(self.converter, at, last, private)
+                    result = convert_chunk(self.converter, at, last, private, NULL)
                 if result.step == BUSY:
                     result.step = DONE
                 elif result.step == DONE:

@@ -22,6 +22,9 @@
 
 #define KVMEXIT_PLACES 46 /* as _exits.pxd's PLACES */
 
+/* A verdict of kvmexit's own handlers alone: it has not finished, and is to be called again once Python has looked at signals. */
+#define KVMEXIT_LATER INT32_MIN
+
 /* One handler in a chain, most specific first. The end of a chain is one with neither. */
 struct kvmexit_route {
     kvmexit_handler call; /* a native one, or NULL */

@@ -19,6 +19,8 @@ cdef class Native:
     cdef kvmexit_handler call
     cdef void *opaque
 
+    cdef int check(self, object memory) except -1
+
 
 cdef class RouteTable:
     cdef kvmexit_table table

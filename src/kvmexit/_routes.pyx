@@ -34,6 +34,12 @@ _LOOK_S = 0.0005  # while remove() waits for a native handler
 cdef class Native:
     """A handler in native code: see kvmexit.native."""
 
+    cdef int check(self, object memory) except -1:
+        """Raise where it is no handler, or not for the VM that has this memory."""
+        if self.call == NULL:
+            raise TypeError(f"{self!r} has no function: make native handlers of C functions with kvmexit.native.Function")
+        return 0
+
 
 @cython.final
 cdef class Entry:

@@ -424,8 +424,8 @@ cdef class VM:
                 return function
             return register
         handler = coerce(handler)
-        if isinstance(handler, Native) and (<Native>handler).call == NULL:
-            raise TypeError(f"{handler!r} has no function: make native handlers of C functions with kvmexit.native.Function")
+        if isinstance(handler, Native):
+            (<Native>handler).check(self.memory)
         with self.lock:
             self.handle.check()
             self.serial += 1

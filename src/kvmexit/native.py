@@ -5,5 +5,6 @@ those that every VMM needs are here.
 """
 
 from kvmexit._native import Counter, EventFd, Function, Ignore, Registers, Serial16550, Stop
+from kvmexit._native_convert import Convert
 
-__all__ = ["Counter", "EventFd", "Function", "Ignore", "Registers", "Serial16550", "Stop"]
+__all__ = ["Convert", "Counter", "EventFd", "Function", "Ignore", "Registers", "Serial16550", "Stop"]

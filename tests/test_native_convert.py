@@ -377,6 +377,16 @@ def test_adaptive_shrinks_when_the_guest_takes_a_page_back(asked):
         assert vm.memory.is_private(20 * PAGE) is False
 
 
+def test_adaptive_starts_anew_in_the_other_direction():
+    """Behind what became private last comes a page that is to be shared."""
+    vm, recorded = big()
+    with vm:
+        vm.memory.convert(16 * PAGE, 32 * PAGE, private=True)
+        walk(vm, 0, 16)
+        walk(vm, 16, 20, private=False)
+        assert pages(recorded.calls)[-4:] == [(8, 8, True), (16, 1, False), (17, 1, False), (18, 2, False)]
+
+
 def test_adaptive_starts_anew_after_a_failed_window():
     recorded = RecordedAttributes({3: errno.ENOMEM})
     with ScriptedVM(attributes=recorded) as vm:

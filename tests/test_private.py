@@ -186,7 +186,7 @@ def flipped():
     """-> a native handler that makes of a PRIVATE fault one that wants shared memory, for the handlers behind it: an access
     that is not what its page is cannot be had in this type of VM."""
     code = mmap.mmap(-1, PAGE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    code.write(bytes.fromhex("48 83 77 38 08  b8 01 00 00 00  c3"))  # xor qword [rdi + 56], 8; mov eax, PASS; ret
+    code.write(bytes.fromhex("48 83 77 40 08  b8 01 00 00 00  c3"))  # xor qword [rdi + 64], 8 (exit->flags); mov eax, PASS; ret
     function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
     function.code = code  # is kept as long
     return function

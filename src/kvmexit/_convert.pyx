@@ -316,7 +316,7 @@ cdef Result examine_fault(
         high[0] = r.last
         end = pages_upto(r, last)
         page = find(r, page_at(r, at), end, private, True)
-        if page < end and result.at == last:
+        if page < end:
             result.at = address(r, page)
         if r.last >= last:
             break

@@ -506,7 +506,7 @@ cdef Step list_runs(Converter *c, Run **runs, size_t *count) noexcept nogil:
         while page < end:
             private = find(r, page, page + 1, True, True) != page
             if not private and find(r, page, page + 1, False, True) == page:
-                page += 64 if page & 63 == 0 and r.known[page >> 6] == 0 else 1  # neither: not known
+                page = page + 1 if r.known[page >> 6] else (page | 63) + 1  # neither: not known
                 continue
             upto = find(r, page, end, private, True)
             if count[0] and runs[0][count[0] - 1].private == private and runs[0][count[0] - 1].last + 1 == (

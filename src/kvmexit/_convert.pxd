@@ -20,6 +20,12 @@ cdef extern from *:
         __atomic_fetch_add(count, 1, __ATOMIC_RELEASE);
     }
 
+    /* A descriptor that several may want to close: one of them gets it. */
+    static inline int kvmexit_take_fd(int *fd)
+    {
+        return __atomic_exchange_n(fd, -1, __ATOMIC_ACQ_REL);
+    }
+
     /* 0, or ETIMEDOUT after so many milliseconds. */
     static inline int kvmexit_lock_for(pthread_mutex_t *mutex, unsigned ms)
     {
@@ -49,6 +55,7 @@ cdef extern from *:
     uint64_t kvmexit_generation(const uint64_t *) nogil
     void kvmexit_next_generation(uint64_t *) nogil
     int kvmexit_lock_for(pthread_mutex_t *, unsigned) nogil
+    int kvmexit_take_fd(int *) nogil
 
 
 cdef enum Discard:  # what gives the memory of the side that went out of use back

@@ -241,8 +241,7 @@ cdef Step exclude(Converter *c, Region *r, int *fd) noexcept nogil:
     """Take a region's guest_memfd from it; the caller closes it."""
     if kvmexit_lock_for(&c.lock, LOCK_WAIT_MS) != 0:
         return BUSY
-    fd[0] = r.gmem_fd
-    r.gmem_fd = -1
+    fd[0] = kvmexit_take_fd(&r.gmem_fd)
     pthread_mutex_unlock(&c.lock)
     return DONE
 

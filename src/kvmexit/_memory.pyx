@@ -31,8 +31,8 @@ from posix.unistd cimport close as close_descriptor, getpid
 from kvmexit._convert cimport (
     BUSY, DONE, DONTNEED, NO_BACKEND, NO_PRIVATE_SIDE, NO_SLOT, NOTHING, PUNCH, REMOVE, SET_FAILED, STUCK, UNDECIDED,
     UNDECIDED_DISCARD, AttributesBackend, Conversions, Converter, Piece, Region, Result, Run, SlotRebind, Step,
-    convert_chunk, examine, exclude, free_region, give_bits, insert, kvmexit_generation, kvmexit_next_generation, list_runs,
-    release_number, reserve_number, state_at, withdraw,
+    convert_chunk, examine, exclude, free_region, give_bits, insert, kvmexit_generation, kvmexit_next_generation,
+    kvmexit_take_fd, list_runs, release_number, reserve_number, state_at, withdraw,
 )
 from kvmexit._ioctl cimport Handle, forks
 from kvmexit._uapi cimport (
@@ -115,9 +115,9 @@ cdef class Slot:
         free_region(&self.region)
 
     cdef void close_fd(self) noexcept:
-        if self.region.gmem_fd >= 0:
-            close_descriptor(self.region.gmem_fd)
-            self.region.gmem_fd = -1
+        cdef int fd = kvmexit_take_fd(&self.region.gmem_fd)  # a close_guest_memfd() may be at it, without the GIL
+        if fd >= 0:
+            close_descriptor(fd)
 
     @property
     def number(self):

@@ -280,6 +280,7 @@ def test_the_shadow_costs_a_bit_a_page_and_only_where_it_was_written(scripted):
     assert resident() - before < some
 
 
+@unsanitized("what is freed is kept for a while")
 def test_ranges_keeps_no_memory(scripted):
     """8192 runs, 200 times: 40 MiB if they stayed."""
     scripted.memory.add(0, 8192 * PAGE, guest_memfd=True, discard=False)

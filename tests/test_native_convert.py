@@ -265,7 +265,8 @@ def locked(vm, gpa, size):
     import ctypes
 
     slot = vm.memory.add(gpa, size, guest_memfd=True)
-    assert ctypes.CDLL(None, use_errno=True).mlock(ctypes.c_void_p(slot.hva + size - PAGE), PAGE) == 0
+    mlock = ctypes.c_long(149)  # not libc's function: under a sanitizer that does nothing
+    assert ctypes.CDLL(None).syscall(mlock, ctypes.c_void_p(slot.hva + size - PAGE), ctypes.c_size_t(PAGE)) == 0
     return slot
 
 

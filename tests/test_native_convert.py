@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 from guests import stress
-from processes import in_thread
+from processes import in_thread, unsanitized
 from test_convert import PAGE, SLOTS, TOP, machine, private_pages
 
 import kvmexit
@@ -463,6 +463,7 @@ def test_a_failing_host_and_a_hypercall(error, ret, kind):
             assert (convert.hypercalls, convert.failed) == (1, 0)
 
 
+@unsanitized("so much does not fit beside TSan's shadow")
 def test_a_huge_hypercall_heeds_signals():
     """It goes on from Python's dispatch where somebody asks: a signal handler runs, its exception leaves run(), and the next
     run() finishes what is left."""
@@ -595,6 +596,7 @@ def test_a_window_of_many_chunks_is_left_where_somebody_asks():
         assert (convert.pages, convert.conversions) == (1 << 18, 16)
 
 
+@unsanitized("so much does not fit beside TSan's shadow")
 def test_a_lock_that_somebody_holds_for_long():
     """The fault re-enters, and is no loop however often that happens; the hypercall waits. Both end as they should."""
     with ScriptedVM() as vm:

@@ -239,21 +239,24 @@ def test_a_handler_that_could_not_be_made_leaves_descriptors_alone(make):
     assert ([os.fstat(fd) for fd in (0, 1, 2)], leaks()) == before
 
 
+class Device:
+    """Whose method is a handler of the VM that it holds."""
+
+    def fault(self, vcpu, fault):
+        pass
+
+
 def test_a_buffer_is_released_when_a_cycle_is_collected():
-    """A device that holds its registers, and whose method is a handler: the collector clears them in an order of its own."""
-    class Device:
-        def __init__(self, memory):
-            self.registers = native.Registers(memory)
-
-        def fault(self, vcpu, fault):
-            pass
-
+    """The collector clears a cycle's objects in its own order, the oldest first: here the registers."""
+    gc.collect()
     memory = bytearray(8)
-    device = Device(memory)
-    device.vm = ScriptedVM()
-    device.vm.on_mmio(0, 8, device.registers)
-    device.vm.on_memory_fault(handler=device.fault)
-    del device
+    registers = native.Registers(memory)
+    vm = ScriptedVM()
+    device = Device()
+    device.vm = vm
+    vm.on_mmio(0, 8, registers)
+    vm.on_memory_fault(handler=device.fault)
+    del registers, vm, device
     gc.collect()
     memory.extend(b"x")
 

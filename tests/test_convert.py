@@ -355,6 +355,19 @@ def test_adopted_memory_is_discarded_only_where_its_owner_said(adopted, discard)
     assert os.pread(fd, 140 * PAGE, 0)[::PAGE] == expected
 
 
+def test_a_discard_of_adopted_memory_that_fails_turns_no_page_around(adopted):
+    """Nobody knows what they were: pages that are private already would become shared, and the guest lose what it has there."""
+    vm, recorded, adopt, _, _ = adopted
+    slot = adopt(discard=True)
+    lock(slot.hva, PAGE)
+    with pytest.raises(ConversionError, match="could not be put back") as caught:
+        vm.memory.convert(slot.gpa, 3 * PAGE, private=True)
+    lock(slot.hva, PAGE, "munlock")
+    assert (caught.value.errno, caught.value.done) == (errno.EINVAL, 0)
+    assert recorded.calls == [(slot.gpa, 3 * PAGE, True, 0)]
+    assert [vm.memory.is_private(slot.gpa + page * PAGE) for page in range(4)] == [True] * 3 + [None]
+
+
 def test_removing_an_adopted_slot_leaves_its_owner_the_data(adopted):
     """Private pages become shared, as for any slot, but nothing is discarded: the guest_memfd is not ours to empty."""
     vm, recorded, adopt, memory, fd = adopted

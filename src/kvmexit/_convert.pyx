@@ -400,7 +400,8 @@ cdef Result change_run(
     """Convert a run that lies in the regions i to n: attributes, shadow, then discard what went out of use.
 
     Where a discard fails the attributes are put back, so that the guest goes on with the data it has, and asking again does
-    everything again.
+    everything again. But where nobody knows what they were (adopted memory): to put them back could turn a page around that
+    was as it should be.
     """
     cdef uint64_t from_, to
     cdef Region *r
@@ -415,7 +416,7 @@ cdef Result change_run(
         from_, to = max(first, r.first), min(last, r.last)
         error = discard(r, from_, to - from_ + 1, private)
         if error:
-            if c.backend.set(c.backend, r, from_, last - from_ + 1, not private) != 0:
+            if adopted(c, k, n) or c.backend.set(c.backend, r, from_, last - from_ + 1, not private) != 0:
                 return Result(STUCK, error, from_, from_)
             mark_run(c, k, n, from_, last, not private)
             return Result(DISCARD_FAILED, error, from_, from_)
@@ -423,6 +424,15 @@ cdef Result change_run(
         tally.runs += 1
         tally.pages += ((last - first) >> PAGE_SHIFT) + 1
     return Result(DONE, 0, last, last)
+
+
+cdef bint adopted(Converter *c, size_t i, size_t n) noexcept nogil:
+    """Whether the regions i to n have pages that are not known, or were not before they were marked."""
+    cdef size_t k
+    for k in range(i, n + 1):
+        if c.regions[k].known != NULL:
+            return True
+    return False
 
 
 cdef void mark_run(Converter *c, size_t i, size_t n, uint64_t first, uint64_t last, bint private) noexcept nogil:

@@ -639,8 +639,8 @@ cdef class Vcpu:
             return AGAIN
 
     cdef Outcome unfinished(self, bint drain) except? FAILED:
-        """A native handler said LATER: what is asked of this vCPU comes first, as after EINTR. AGAIN: call it again. KICKED,
-        TIMED_OUT: the next run() offers the exit again; complete() leaves what is asked for to that, and returns the EXIT."""
+        """A native handler said LATER: what is asked of this vCPU comes first, as after EINTR. AGAIN: call it again.
+        KICKED, TIMED_OUT: the next run() offers the exit again. complete() leaves what is asked to that: the EXIT."""
         cdef Outcome outcome = interrupted(self.c, drain)
         if outcome == DRAINED:
             outcome = EXIT if kvmexit_requests(self.c) else AGAIN

@@ -262,10 +262,11 @@ cdef class Convert(Native):
     While somebody else converts for more than 100 ms a fault re-enters, so that kicks, time-outs and pauses are heeded;
     large windows are converted 64 MiB at a time, and left where somebody asks.
 
-    journal: a Ring that each conversion is noted in, before the guest goes on: address, and data bytes from there on (0: all
-    2**64), are as wanted since then, some perhaps before; flags has KVM_MEMORY_EXIT_FLAG_PRIVATE (8) where private; reason is
-    KVM_EXIT_MEMORY_FAULT (39) or KVM_EXIT_HYPERCALL (3). Where it has no room nothing is converted, unless its policy is to
-    drop: the exit waits, or run() returns it and, re-entered, asks again. A vCPU that the ring does not take passes.
+    journal: a Ring that each conversion is noted in, before the guest goes on: address, and data bytes from there on (0:
+    all 2**64), are as wanted since then, some perhaps before; flags has KVM_MEMORY_EXIT_FLAG_PRIVATE (8) where private;
+    reason is KVM_EXIT_MEMORY_FAULT (39) or KVM_EXIT_HYPERCALL (3). Where it has no room nothing is converted, unless its
+    policy is to drop: the exit waits, or run() returns it and, re-entered, asks again. A vCPU that the ring does not take
+    passes.
 
     Counts, as long as it exists: faults (that it tried), duplicates (of these, as wanted already), hypercalls (answered),
     conversions (runs of pages, a call of KVM each), pages, busy, failed (faults and hypercalls passed on).

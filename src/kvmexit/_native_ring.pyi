@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import ClassVar, Literal, NamedTuple, Protocol, Self, final
+from typing import ClassVar, Literal, NamedTuple, Never, Protocol, Self, final
 
 from kvmexit._routes import Native
 
@@ -17,7 +17,7 @@ class RingEntry(NamedTuple):
 
 @final
 class RingBatch:
-    def __init__(self) -> None: ...
+    def __init__(self, _: Never, /) -> None: ...  # a TypeError
     def __len__(self) -> int: ...
     def __getitem__(self, i: int, /) -> RingEntry: ...
     def __iter__(self) -> Iterator[RingEntry]: ...

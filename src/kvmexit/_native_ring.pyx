@@ -31,8 +31,10 @@ cdef enum:
     MAX_LANES = 1 << 16
 
 _FULL = {"stop": KVMEXIT_FULL_STOP, "drop": KVMEXIT_FULL_DROP, "wait": KVMEXIT_FULL_WAIT}
-_FIELDS = [("address", "<u8"), ("data", "<u8"), ("sequence", "<u8"), ("vcpu", "<u4"), ("size", "|u1"), ("reason", "|u1"),
-           ("flags", "<u2")]
+_FIELDS = [
+    ("address", "<u8"), ("data", "<u8"), ("sequence", "<u8"), ("vcpu", "<u4"), ("size", "|u1"), ("reason", "|u1"),
+    ("flags", "<u2"),
+]
 cdef const char *_FORMAT = b"T{<Q:address:<Q:data:<Q:sequence:<I:vcpu:B:size:B:reason:<H:flags:}"  # the same, by PEP 3118
 
 
@@ -52,8 +54,9 @@ class RingEntry(NamedTuple):
 cdef class RingBatch:
     """What one `Ring.drain()` took out: the caller's own, whatever becomes of the ring.
 
-    A sequence of RingEntry, and a writable buffer of 32 bytes an entry, which `numpy.asarray(batch)` makes a structured array
-    of, without a copy; `Ring.dtype` has the names. Each vCPU's entries are together, in the order in which it wrote them.
+    A sequence of RingEntry, and a writable buffer of 32 bytes an entry, which `numpy.asarray(batch)` makes a structured
+    array of, without a copy; `Ring.dtype` has the names. Each vCPU's entries are together, in the order in which it wrote
+    them.
     """
 
     def __init__(self):
@@ -73,6 +76,9 @@ cdef class RingBatch:
             raise IndexError(f"{self.count} entries")
         e = &self.entries[i]
         return RingEntry(e.address, e.data, e.sequence, e.vcpu, e.size, e.reason, e.flags)
+
+    def __iter__(self):
+        return map(self.__getitem__, range(self.count))
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         buffer.buf = self.entries
@@ -115,19 +121,19 @@ cdef class Ring(Native):
     entries: of each vCPU, a power of two, 2 to 2**24; 32 bytes each, allocated now, touched when used. vcpus: how many vCPUs
     can write, 1 to 65536, whatever their ids: the first that do. Others' writes pass.
 
-    An entry (RingEntry): address, the port, guest-physical address or MSR; data, the value written (up to 8 bytes, low first,
-    zero-extended); sequence, which access of that vCPU it is, from 0 on; vcpu, its id; size, bytes; reason, KVM_EXIT_IO (2),
-    KVM_EXIT_MMIO (6), KVM_EXIT_X86_WRMSR (30); flags, 0. A string instruction is an entry for each access. Each vCPU's entries
-    stay in order; between two vCPUs there is none.
+    An entry (RingEntry): address, the port, guest-physical address or MSR; data, the value written (up to 8 bytes, low
+    first, zero-extended); sequence, which access of that vCPU it is, from 0 on; vcpu, its id; size, bytes; reason,
+    KVM_EXIT_IO (2), KVM_EXIT_MMIO (6), KVM_EXIT_X86_WRMSR (30); flags, 0. A string instruction is an entry for each access.
+    Each vCPU's entries stay in order; between two vCPUs there is none.
 
-    full: what becomes of a write for which there is no room. "stop": run() returns the exit, which then is the caller's, comes
-    after what is in the ring, and counts as accepted. "drop": it is dropped, counted in `dropped`, and leaves a gap in
+    full: what becomes of a write for which there is no room. "stop": run() returns the exit, which then is the caller's,
+    comes after what is in the ring, and counts as accepted. "drop": it is dropped, counted in `dropped`, and leaves a gap in
     `sequence`. "wait": the vCPU waits for a drain(). A kick, time-out or pause ends that: run() heeds it, and the next run()
     (resumed, this one) offers the exit again. A ring that is removed passes it on within some 100 ms. Of a string
     instruction all accesses go in, or none; where they are more than the ring has entries, "wait" does as "stop".
 
-    eventfd: None, or one that is yours to read, to which one is added when a first entry comes; duplicated: see EventFd. Else
-    the ring has its own.
+    eventfd: None, or one that is yours to read, to which one is added when a first entry comes; duplicated: see EventFd.
+    Else the ring has its own.
 
     Raises ValueError for other arguments. Source: include/uapi/linux/kvm.h, struct kvm_run.
     """
@@ -161,9 +167,9 @@ cdef class Ring(Native):
     def drain(self, max=None):
         """Take out what is there, or up to `max` entries: -> RingBatch, in the order in which each vCPU wrote.
 
-        What comes meanwhile is left for the next. Call it until it gives nothing, or when the ring is readable again: only an
-        empty drain() makes it unreadable. Any thread may; several share the entries. What a run() that has returned left is
-        there. ValueError for a `max` below 1; Error in a forked child, whose copy of the ring is its parent's.
+        What comes meanwhile is left for the next. Call it until it gives nothing, or when the ring is readable again: only
+        an empty drain() makes it unreadable. Any thread may; several share the entries. What a run() that has returned left
+        is there. ValueError for a `max` below 1; Error in a forked child, whose copy of the ring is its parent's.
         """
         cdef uint64_t count, most = 0
         cdef RingBatch taken
@@ -214,7 +220,7 @@ cdef class Ring(Native):
     @property
     def full(self):
         """What happens to a write for which there is no room: "stop", "drop" or "wait"."""
-        return next(name for name, value in _FULL.items() if value == self.ring.full)
+        return [name for name, value in _FULL.items() if value == self.ring.full][0]
 
     def __repr__(self):
         return f"Ring(entries={self.entries}, full={self.full!r}, pending={self.pending}, dropped={self.dropped})"

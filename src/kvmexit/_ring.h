@@ -135,7 +135,7 @@ static inline int kvmexit_ring_wait(
     const struct timespec tick = {0, KVMEXIT_RING_TICK_MS * 1000000L};
     const int64_t until = kvmexit_ring_now_ms() + KVMEXIT_RING_PATIENCE_MS;
     int found;
-    __atomic_store_n(&lane->waits, 1, __ATOMIC_SEQ_CST); /* W7: before `head` is looked at */
+    __atomic_store_n(&lane->waits, 1, __ATOMIC_SEQ_CST); /* W7: before the kernel compares `head` */
     while (!(found = kvmexit_ring_has_room(r, lane, count)) && !__atomic_load_n(&run->immediate_exit, __ATOMIC_RELAXED)
            && kvmexit_ring_now_ms() < until)
         /* W8: with the `head` that had no room. SAFETY: its low half, x86 being little-endian; that it comes round to the

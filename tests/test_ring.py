@@ -715,7 +715,7 @@ def test_a_vcpu_goes_from_thread_to_thread(scripted):
     assert got + len(ring.drain()) == turns
 
 
-def test_a_forked_child_takes_nothing(kvm):
+def test_a_forked_child_takes_nothing():
     """Nor does it read the parent's eventfd."""
     done = python("""
 import os
@@ -785,12 +785,11 @@ def test_a_guest_waits_and_is_kicked(vm):
     ring = native.Ring(2, full="wait")
     vm.on_pio(0x80, 1, ring)
     vcpu = load(vm, OUT_FOREVER)
-    assert vcpu.run(timeout=0.2).cause == "timeout"
-    assert ring.pending == 2
-    assert vcpu.pending.port == 0x80
-    assert len(ring.drain()) == 2
-    assert vcpu.run(timeout=0.2).cause == "timeout"
-    assert [entry.sequence for entry in ring.drain()] == [2, 3]
+    for expected in ([0, 1], [2, 3]):
+        while vcpu.pending is None or ring.pending < 2:
+            assert vcpu.run(timeout=0.2).cause == "timeout"
+        assert vcpu.pending.port == 0x80
+        assert [entry.sequence for entry in ring.drain()] == expected
 
 
 # ---- a journal of conversions ----

@@ -182,13 +182,12 @@ cdef class Ring(Native):
             most = min(max, UINT64_MAX)
         while True:
             count = kvmexit_ring_pending(&self.ring)
-            if count == 0 and kvmexit_ring_rest(&self.ring):
-                continue
             if most and count > most:
                 count = most
             taken = batch(count)
             taken.count = kvmexit_ring_drain(&self.ring, taken.entries, count)
-            return taken
+            if taken.count or not kvmexit_ring_rest(&self.ring):  # nothing is given only by who rested, as ring.pml has it
+                return taken
 
     def fileno(self):
         """The eventfd that is readable from the first entry on until a drain() finds nothing; it lives as long as the ring.

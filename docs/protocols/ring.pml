@@ -1,6 +1,6 @@
 /*
- * Entries that vCPUs put into lanes of a Ring, and the eventfd that says when to look (_ring.h). Producers write what they have to
- * and end; a consumer sleeps until the eventfd is readable, and drains; a second one drains now and then, as any thread may.
+ * Entries that vCPUs put into lanes of a Ring, and the eventfd that says when to look (_ring.h). Producers write what they
+ * have to and end; a consumer sleeps until the eventfd is readable, and drains; a second one drains once, as any thread may.
  * Producers' stores of `tail` go through a store buffer of one entry (x86), which sequentially consistent stores empty. With
  * ROOM entries a lane is full, and its producer waits for `head` to change (futex). -DBREAK_W1 breaks W1, and so on.
  */
@@ -104,23 +104,26 @@ inline drain() /* got: how many */
     atomic { !lock -> lock = 1 };
     got = 0;
     for (p in head) {
-        k = tail[p] - head[p];
 #ifdef BREAK_W9
         woken = waits[p];
-        head[p] = head[p] + k;
+        atomic { k = tail[p] - head[p]; head[p] = head[p] + k };
 #else
-        head[p] = head[p] + k;  /* W9: before `waits` is looked at */
+        atomic { k = tail[p] - head[p]; head[p] = head[p] + k }; /* W9: before `waits` is looked at */
         woken = waits[p];
 #endif
-        if
-        :: k && woken -> asleep[p] = 0
-        :: else
-        fi;
-        got = got + k;
-        k = 0
+        atomic {
+            if
+            :: k && woken -> asleep[p] = 0
+            :: else
+            fi;
+            got = got + k;
+            k = 0;
+            woken = 0 }
     };
-    taken = taken + got;
-    lock = 0
+    atomic {
+        p = 0;
+        taken = taken + got;
+        lock = 0 }
 }
 
 inline rest() /* found: whether there is something after all */
@@ -147,8 +150,12 @@ inline rest() /* found: whether there is something after all */
 #endif
     :: else
     fi;
-    assert(bell != ARMED || !readable); /* or a loop that polls it would spin: an empty drain does not read it */
-    lock = 0
+    atomic {
+        assert(bell != ARMED || !readable); /* or a loop that polls it would spin: an empty drain does not read it */
+        p = 0;
+        found = 0;
+        rings = 0;
+        lock = 0 }
 }
 
 active proctype sleeper() /* drains when called */

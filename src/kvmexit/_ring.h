@@ -1,5 +1,6 @@
 /*
- * Entries on their way from vCPU threads to who drains them: a ring per vCPU, and one eventfd that says when to look. No Python.
+ * Entries on their way from vCPU threads to who drains them: a ring per vCPU, and one eventfd that says when to look. No
+ * Python.
  *
  * A lane is a ring with one producer, the thread that runs its vCPU, and one consumer at a time, who holds `lock`. Which
  * lane is a vCPU's is settled by its first entry, for good, with one compare-and-swap; vCPUs beyond the last lane have none.
@@ -7,15 +8,15 @@
  * twice. A mapping is one vCPU's at a time, which one thread at a time runs; whoever comes next, thread or vCPU, has had the
  * GIL (or page.owner) in between, and with it all that was stored here.
  *
- * Within a lane. The producer stores an entry and then `tail`; the consumer loads `tail`, copies, and then stores `head`; the
- * producer loads `head` before it uses the place again. Release and acquire make these three an order, so an entry is seen
- * whole, once. Indices only grow; a place is one modulo the lane's length, a power of two.
+ * Within a lane. The producer stores an entry and then `tail`; the consumer loads `tail`, copies, and then stores `head`;
+ * the producer loads `head` before it uses the place again. Release and acquire make these three an order, so an entry is
+ * seen whole, once. Indices only grow; a place is one modulo the lane's length, a power of two.
  *
  * The eventfd. Most writes make no system call: `bell` is ARMED where somebody may be asleep, and who makes it RINGING from
  * that, one of them all, writes to the eventfd, and then makes it RUNG. It stays so, and the eventfd readable, until a drain
- * that finds nothing reads it and makes the bell ARMED again. That nobody sleeps beside an entry is docs/protocols/ring.pml's,
- * whose labels are below: in short, the producer stores `tail` and then loads `bell`, the consumer stores `bell` and then
- * loads `tail`, all sequentially consistent, so one of them sees the other's store.
+ * that finds nothing reads it and makes the bell ARMED again. That nobody sleeps beside an entry is what
+ * docs/protocols/ring.pml checks, whose labels are below: in short, the producer stores `tail` and then loads `bell`, the
+ * consumer stores `bell` and then loads `tail`, all sequentially consistent, so one of them sees the other's store.
  *
  * A producer that waits for room does the same with `waits` and `head`, and sleeps on `head` (futex(2)), which the kernel
  * compares with what was loaded. Never for long: kicks, pauses and time-outs set immediate_exit, and their signal ends the

@@ -42,7 +42,8 @@ cdef class Vcpu:
     cdef Exit interruption(self, Outcome outcome)
     cdef Outcome enter(self, bint drain) except? FAILED
     cdef Exit current(self)
-    cdef bint dispatch(self, Exit e) except -1
+    cdef Outcome dispatch(self, Exit e, bint drain) except? FAILED
+    cdef Outcome unfinished(self, bint drain) except? FAILED
     cdef int dispatch_again(self, RouteTable routes, const kvmexit_route *route) except -1
     cdef object _broken(self, const kvmexit_route *route)
     cdef Exit until_taken(self, bint drain)

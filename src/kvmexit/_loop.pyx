@@ -503,8 +503,9 @@ cdef class Vcpu:
                 if outcome != EXIT and outcome != FAULT:
                     self._fail(outcome)
             e = self.current()
-            if not self.dispatch(e):
-                return e
+            outcome = self.dispatch(e, drain)
+            if outcome != AGAIN:
+                return e if outcome == EXIT else self.interruption(outcome)
             e = None  # or the next exit of this class could not reuse it
 
     @cython.nonecheck(False)
@@ -584,14 +585,16 @@ cdef class Vcpu:
         return self.page.c.run.s.regs.regs.rip
 
     @cython.nonecheck(False)
-    cdef bint dispatch(self, Exit e) except -1:
-        """Offer an exit to the handlers. True: one took it. It stays unsettled when one raises."""
+    cdef Outcome dispatch(self, Exit e, bint drain) except? FAILED:
+        """Offer an exit to the handlers. AGAIN: one took it; EXIT: it is the caller's; or as unfinished() says. It stays
+        unsettled when one raises, or has not finished."""
         cdef kvmexit_vcpu *c = self.c
         cdef RouteTable routes
         cdef const kvmexit_route *route = c.chain
         cdef PyObject *handler
         cdef PyObject *arguments[3]
         cdef int native
+        cdef Outcome outcome
         if route != NULL:
             routes, self.table, c.chain = self.table, None, NULL
         else:  # offered again: from the first one on
@@ -603,17 +606,19 @@ cdef class Vcpu:
             handler = <PyObject *>route.handler
             if handler == NULL:
                 c.unsettled = False
-                return False
+                return EXIT
             if route.call != NULL:
                 native = self.dispatch_again(routes, route)
                 if native == KVMEXIT_PASS:
                     route += 1
                     continue
                 if native == KVMEXIT_LATER:
-                    self.vm.memory.look_around()
-                    continue
+                    outcome = self.unfinished(drain)
+                    if outcome == AGAIN:
+                        continue
+                    return outcome
                 c.unsettled = False
-                return native == KVMEXIT_DONE
+                return AGAIN if native == KVMEXIT_DONE else EXIT
             # Called directly: a reference less, and the stable ABI has no shorter way.
             arguments[1], arguments[2] = <PyObject *>self, <PyObject *>e
             verdict = PyObject_Vectorcall(<object>handler, arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
@@ -622,16 +627,29 @@ cdef class Vcpu:
                     raise TypeError(
                         f"{<object>handler!r} returned None for {e!r}, which asks for an answer: return it, or PASS or STOP")
                 c.unsettled = False
-                return True
+                return AGAIN
             if verdict is PASS:
                 route += 1
                 continue
             if verdict is STOP:
                 c.unsettled = False
-                return False
+                return EXIT
             answer(e, verdict)
             c.unsettled = False
-            return True
+            return AGAIN
+
+    cdef Outcome unfinished(self, bint drain) except? FAILED:
+        """A native handler said LATER: what is asked of this vCPU comes first, as after EINTR. AGAIN: call it again.
+        KICKED, TIMED_OUT: the next run() offers the exit again. complete() leaves what is asked to that: the EXIT."""
+        cdef Outcome outcome = interrupted(self.c, drain)
+        if outcome == DRAINED:
+            outcome = EXIT if kvmexit_requests(self.c) else AGAIN
+        if outcome == PAUSED:
+            outcome = self.park()
+        if outcome == AGAIN or outcome == LOOK:
+            self.vm.memory.look_around()
+            outcome = AGAIN
+        return outcome
 
     cdef int dispatch_again(self, RouteTable routes, const kvmexit_route *route) except -1:
         """Call a native handler that comes after Python's, with the GIL released. -> its verdict."""

@@ -1,6 +1,7 @@
 from libc.stdint cimport uint64_t
 
 from kvmexit._convert cimport Conversions, Converter, Result, pthread_mutex_t
+from kvmexit._native_ring cimport Ring, kvmexit_ring
 from kvmexit._routes cimport Native
 
 
@@ -18,6 +19,7 @@ cdef struct Failure:
 
 cdef struct Shared:          # what the vCPUs that call one Convert work on
     Converter *converter
+    kvmexit_ring *journal    # or NULL
     bint positive            # how this type of VM takes a hypercall's errno
     bint adaptive
     uint64_t first, last     # what may be converted
@@ -31,3 +33,4 @@ cdef struct Shared:          # what the vCPUs that call one Convert work on
 cdef class Convert(Native):
     cdef Shared shared
     cdef Conversions owner  # of the converter; refers to no VM, so that VM -> routes -> Convert makes no cycle
+    cdef readonly Ring journal

@@ -1,5 +1,6 @@
 from typing import Self, final
 
+from kvmexit._native_ring import Ring
 from kvmexit._routes import Native
 from kvmexit._vm import VM
 from kvmexit.errors import ConversionError
@@ -14,7 +15,10 @@ class Convert(Native):
         *,
         window: int | None = None,
         adaptive: bool = False,
+        journal: Ring | None = None,
     ) -> Self: ...
+    @property
+    def journal(self) -> Ring | None: ...
     @property
     def window(self) -> int: ...
     @property

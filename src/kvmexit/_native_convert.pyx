@@ -13,7 +13,7 @@ from operator import index
 
 cimport cython
 from libc.errno cimport EAGAIN, EBUSY, EFAULT, EINVAL, ENOMEM
-from libc.stdint cimport UINT64_MAX, uint64_t
+from libc.stdint cimport UINT64_MAX, uint8_t, uint16_t, uint64_t
 
 from kvmexit._chain cimport KVMEXIT_DONE, KVMEXIT_LATER, KVMEXIT_PASS, kvmexit_exit
 from kvmexit._convert cimport (
@@ -22,6 +22,7 @@ from kvmexit._convert cimport (
     pthread_mutex_lock, pthread_mutex_unlock,
 )
 from kvmexit._memory cimport Memory
+from kvmexit._native_ring cimport Ring, kvmexit_lane, kvmexit_ring_admit, kvmexit_ring_put
 from kvmexit._routes cimport Native
 from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_MEMORY_FAULT, KVM_HC_MAP_GPA_RANGE, KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_run,
@@ -56,6 +57,7 @@ cdef enum:
     ADAPTIVE_WINDOW = 1 << 21  # unless said
     PRIVATE_ATTRIBUTE = 1 << 4   # of KVM_HC_MAP_GPA_RANGE: encrypted. Bits 3:0 are a page size, a hint
     KNOWN_ATTRIBUTES = (1 << 5) - 1
+    MOST_NOTED = 2     # conversions of one exit: of a window that failed in the middle, and of what the fault names
 
 
 cdef int take(kvmexit_exit *exit, void *opaque) noexcept nogil:
@@ -68,18 +70,19 @@ cdef int take(kvmexit_exit *exit, void *opaque) noexcept nogil:
 
 
 cdef Result convert(
-        Shared *s, const kvm_run *run, uint64_t first, uint64_t last, bint private, uint64_t patience_ms) noexcept nogil:
+        Shared *s, kvmexit_exit *exit, kvmexit_lane *lane, uint64_t first, uint64_t last, bint private,
+        uint64_t patience_ms) noexcept nogil:
     """Convert a range by the chunk. DONE with `at` before `last`: somebody asked us out, `patience_ms` or more ago.
     Something was converted then, so that coming back often ends, too."""
     cdef Tally tally
     cdef Result result
-    cdef uint64_t until = 0
+    cdef uint64_t until = 0, begin = first, size
     tally.runs = tally.pages = 0
     while True:
         result = convert_chunk(s.converter, first, last, private, &tally)
         if result.step != DONE or result.at == last:
             break
-        if tally.runs and kvmexit_asked_out(run):
+        if tally.runs and kvmexit_asked_out(exit.run):
             until = until or kvmexit_now_ms() + patience_ms
             if kvmexit_now_ms() >= until:
                 break
@@ -87,7 +90,17 @@ cdef Result convert(
     if tally.runs:
         kvmexit_add(&s.conversions, tally.runs)
         kvmexit_add(&s.pages, tally.pages)
+    # A run of which a later slot's discard failed is not tallied, and its first slots' pages are converted all the same.
+    if s.journal != NULL and (tally.runs or result.step in (DISCARD_FAILED, STUCK) and result.at != begin):
+        size = result.at - begin + (result.step == DONE)
+        kvmexit_ring_put(s.journal, lane, exit, begin, <uint8_t *>&size, sizeof(size), 1,
+                         <uint16_t>KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0)
     return result
+
+
+cdef int admit(Shared *s, kvmexit_exit *exit, kvmexit_lane **lane) noexcept nogil:
+    """Whether the journal has room for what is to be converted: DONE, or what becomes of the exit."""
+    return KVMEXIT_DONE if s.journal == NULL else kvmexit_ring_admit(s.journal, exit, MOST_NOTED, lane)
 
 
 cdef int fail(Shared *s, uint64_t first, uint64_t last, bint private, Result result) noexcept nogil:
@@ -106,13 +119,19 @@ cdef int repair(Shared *s, kvmexit_exit *exit) noexcept nogil:
     cdef uint64_t first = exit.address, last = exit.address + (exit.size - 1), low = 0, high = 0, from_ = 0, to = 0
     cdef bint private = exit.flags & KVM_MEMORY_EXIT_FLAG_PRIVATE != 0, whole = True
     cdef Result result
+    cdef kvmexit_lane *lane = NULL
+    cdef int verdict
     if exit.error != EFAULT or exit.size == 0 or last < first or exit.flags & ~<uint64_t>KVM_MEMORY_EXIT_FLAG_PRIVATE:
         return KVMEXIT_PASS  # EHWPOISON, rubbish, and kinds of fault that are to come
     first, last = first & ~<uint64_t>(PAGE - 1), last | (PAGE - 1)
     if first < s.first or last > s.last:
         return KVMEXIT_PASS
-    kvmexit_add(&s.faults, 1)
     result = examine_fault(s.converter, first, last, private, &low, &high)
+    if result.step == DONE and result.at != last:
+        verdict = admit(s, exit, &lane)
+        if verdict != KVMEXIT_DONE:
+            return verdict
+    kvmexit_add(&s.faults, 1)
     if result.step == DONE and result.at == last:
         # Somebody else's fault converted it. If that was not why, the same fault comes again with nothing repaired between:
         # FaultLoopError after vcpu.fault_limit, since a native DONE does not reset the burst's count.
@@ -122,12 +141,12 @@ cdef int repair(Shared *s, kvmexit_exit *exit) noexcept nogil:
         low, high = max(low, s.first), min(high, s.last)
         plan(s, first, last, private, &from_, &to)
         from_, to = max(from_, low), min(to, high)
-        result = convert(s, exit.run, from_, to, private, 0)
+        result = convert(s, exit, lane, from_, to, private, 0)
         whole = result.step == DONE or result.step == BUSY
         if result.step == STUCK:
             first, last = from_, to
         elif not whole and (from_ != first or to != last):
-            result = convert(s, exit.run, first, last, private, 0)
+            result = convert(s, exit, lane, first, last, private, 0)
         if s.adaptive and result.step == DONE:
             follow(s, first, result.at, private, whole)
     if result.step == BUSY:
@@ -188,6 +207,8 @@ cdef int map_gpa_range(Shared *s, kvmexit_exit *exit) noexcept nogil:
     cdef uint64_t first = args[0], pages = args[1], last = first + ((pages << PAGE_SHIFT) - 1)
     cdef bint private = args[2] & PRIVATE_ATTRIBUTE != 0
     cdef Result result
+    cdef kvmexit_lane *lane = NULL
+    cdef int verdict
     if (first & (PAGE - 1) or pages == 0 or args[2] & ~<uint64_t>KNOWN_ATTRIBUTES
             or pages - 1 > (UINT64_MAX - first) >> PAGE_SHIFT):
         return reply(s, exit, EINVAL)
@@ -195,7 +216,10 @@ cdef int map_gpa_range(Shared *s, kvmexit_exit *exit) noexcept nogil:
         return KVMEXIT_PASS
     result = examine(s.converter, first, last, private)
     if result.step == DONE:
-        result = convert(s, exit.run, first, last, private, PATIENCE_MS)
+        verdict = admit(s, exit, &lane)
+        if verdict != KVMEXIT_DONE:
+            return verdict
+        result = convert(s, exit, lane, first, last, private, PATIENCE_MS)
     if result.step == BUSY or (result.step == DONE and result.at != last):
         return KVMEXIT_LATER
     if result.step == DONE:
@@ -238,6 +262,12 @@ cdef class Convert(Native):
     While somebody else converts for more than 100 ms a fault re-enters, so that kicks, time-outs and pauses are heeded;
     large windows are converted 64 MiB at a time, and left where somebody asks.
 
+    journal: a Ring that each conversion is noted in, before the guest goes on: address, and data bytes from there on (0:
+    all 2**64), are as wanted since then, some perhaps before; flags has KVM_MEMORY_EXIT_FLAG_PRIVATE (8) where private;
+    reason is KVM_EXIT_MEMORY_FAULT (39) or KVM_EXIT_HYPERCALL (3). Where it has no room nothing is converted, unless its
+    policy is to drop: the exit waits, or run() returns it and, re-entered, asks again. A vCPU that the ring does not take
+    passes.
+
     Counts, as long as it exists: faults (that it tried), duplicates (of these, as wanted already), hypercalls (answered),
     conversions (runs of pages, a call of KVM each), pages, busy, failed (faults and hypercalls passed on).
 
@@ -245,7 +275,7 @@ cdef class Convert(Native):
     conversion: there use Python's handlers. Source: Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT; docs/memory.md.
     """
 
-    def __cinit__(self, vm, gpa=None, size=None, *, window=None, bint adaptive=False):
+    def __cinit__(self, vm, gpa=None, size=None, *, window=None, bint adaptive=False, Ring journal=None):
         cdef Memory memory
         cdef Shared *s = &self.shared
         if pthread_mutex_init(&s.lock, NULL) != 0:
@@ -260,6 +290,9 @@ cdef class Convert(Native):
         if memory.rebinds:
             raise ValueError("a VM with SlotRebind is paused for each conversion, which native handlers cannot do: use "
                              "handlers.convert and handlers.map_gpa_range")
+        self.journal = journal
+        if journal is not None:
+            s.journal = &journal.ring
         self.owner = memory.conversions
         s.converter = memory.converter
         s.positive = vm.type.name in ("SNP", "TDX")

@@ -6,5 +6,9 @@ those that every VMM needs are here.
 
 from kvmexit._native import Counter, EventFd, Function, Ignore, Registers, Serial16550, Stop
 from kvmexit._native_convert import Convert
+from kvmexit._native_ring import Ring, RingBatch, RingEntry
 
-__all__ = ["Convert", "Counter", "EventFd", "Function", "Ignore", "Registers", "Serial16550", "Stop"]
+__all__ = [
+    "Convert", "Counter", "EventFd", "Function", "Ignore", "Registers", "Ring", "RingBatch", "RingEntry", "Serial16550",
+    "Stop",
+]

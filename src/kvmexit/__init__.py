@@ -4,6 +4,7 @@ import os
 
 from kvmexit import handlers, native, testing, x86
 from kvmexit._convert import KvmAttributes, SlotRebind
+from kvmexit._eventfd import IoEventFd, IrqFd
 from kvmexit._exits import (
     ApResetHold,
     ArmLdst64b,
@@ -59,6 +60,7 @@ from kvmexit._exits import (
 )
 from kvmexit._loop import KICK_SIGNAL, Vcpu
 from kvmexit._memory import GuestMemfdFlags, Memory, MemoryRange, Slot
+from kvmexit._msr_filter import MsrExitReason, MsrRange
 from kvmexit._registers import Events, Regs, Segment, Sregs
 from kvmexit._routes import Route
 from kvmexit._version import __version__
@@ -99,7 +101,9 @@ __all__ = [
     "Interrupted",
     "Intr",
     "Io",
+    "IoEventFd",
     "IoapicEoi",
+    "IrqFd",
     "IrqWindowOpen",
     "KvmAttributes",
     "KvmError",
@@ -109,6 +113,8 @@ __all__ = [
     "MemoryFault",
     "MemoryRange",
     "Mmio",
+    "MsrExitReason",
+    "MsrRange",
     "Nmi",
     "NotPendingError",
     "Notify",

@@ -15,6 +15,9 @@ cdef extern from "_serial.h" nogil:
     uint64_t kvmexit_serial_counted(const uint64_t *)
 
 
+cdef int dup_eventfd(fd) except -1
+
+
 cdef class Function(Native):
     cdef readonly object function
     cdef Py_buffer buffer

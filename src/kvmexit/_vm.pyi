@@ -2,14 +2,17 @@ import builtins
 import enum
 import os
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Self, TypeAlias, TypeVar, overload
+from typing import Any, NamedTuple, Self, TypeAlias, TypeVar, overload
 
 from typing_extensions import Buffer, disjoint_base
 
 from kvmexit._convert import AttributesBackend
+from kvmexit._eventfd import IoEventFd, IrqFd
 from kvmexit._exits import Exit, Hypercall, Io, MemoryFault, Mmio, Rdmsr, Wrmsr
 from kvmexit._loop import Vcpu
 from kvmexit._memory import Memory
+from kvmexit._msr_filter import MsrRange
+from kvmexit._native import _HasFileno
 from kvmexit._page import Page
 from kvmexit._routes import Route
 from kvmexit.handlers import Handler
@@ -76,6 +79,10 @@ class VM:
     def adopt_vcpu(self, fd: int, id: int = 0) -> Vcpu: ...
     def create_irqchip(self) -> None: ...
     def irq_line(self, gsi: int, level: bool) -> None: ...
+    def irqfd(self, gsi: int, eventfd: int | _HasFileno, *, resample: int | _HasFileno | None = None) -> IrqFd: ...
+    def ioeventfd(
+        self, address: int, size: int, eventfd: int | _HasFileno, *, pio: bool = False, match: int | None = None
+    ) -> IoEventFd: ...
     # Without a handler a decorator, with one a Route.
     @overload
     def on(self, exit_class: builtins.type[_E], handler: None = None) -> _Decorator[_E]: ...
@@ -111,6 +118,7 @@ class VM:
     def on_msr(self, first: int, count: int, handler: Handler[Rdmsr | Wrmsr]) -> Route: ...
     @overload
     def on_msr(self, first: int, count: int = 1, *, handler: Handler[Rdmsr | Wrmsr]) -> Route: ...
+    def filter_msrs(self, ranges: Iterable[MsrRange | tuple[Any, ...]] = (), *, default_allow: bool = True) -> None: ...
     # For kvmexit.testing.
     def _set_up_scripted(self, attributes: AttributesBackend) -> None: ...
     def _make_vcpu(self, cls: builtins.type[Vcpu], page: Page, id: int) -> Vcpu: ...

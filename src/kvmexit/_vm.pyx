@@ -16,16 +16,20 @@ from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from kvmexit._convert cimport KvmAttributes
+from kvmexit._eventfd cimport EventFds
 from kvmexit._ioctl cimport Handle, call, call_value, forks
 from kvmexit._memory cimport Memory
+from kvmexit._msr_filter cimport MsrFilter
 from kvmexit._page cimport EVENTS, REGS, SREGS, Page, map_vcpu
 from kvmexit._routes cimport ANY, Native, Routing
 from kvmexit._uapi cimport (
-    KVM_API_VERSION, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_NR_MEMSLOTS,
-    KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2,
+    KVM_API_VERSION, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IRQ_ROUTING,
+    KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_NR_MEMSLOTS,
+    KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2, KVM_CAP_X86_MSR_FILTER,
     KVM_CAP_X86_USER_SPACE_MSR, KVM_CHECK_EXTENSION, KVM_CREATE_IRQCHIP, KVM_CREATE_VCPU, KVM_CREATE_VM, KVM_ENABLE_CAP,
     KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
     KVM_GET_API_VERSION, KVM_GET_SUPPORTED_CPUID, KVM_GET_VCPU_MMAP_SIZE, KVM_IRQ_LINE, KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
     KVM_SET_CPUID2, KVM_SET_IDENTITY_MAP_ADDR, KVM_SET_SIGNAL_MASK, KVM_SET_TSS_ADDR, KVM_X86_DEFAULT_VM,
     KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM, KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM, kvm_enable_cap,
     kvm_irq_level,
@@ -137,6 +141,7 @@ cdef class VM:
         self.routing = Routing()
         self.lock = threading.RLock()
         self.vcpus = Vcpus(handle)
+        self.eventfds = EventFds(handle)
 
     def _set_up_memory(self, numbers, attributes):
         if attributes is None and self.check(KVM_CAP_MEMORY_ATTRIBUTES) & KVM_MEMORY_ATTRIBUTE_PRIVATE:
@@ -177,6 +182,7 @@ cdef class VM:
             vm.memory.adopt(*AdoptedSlot(*slot))
         # The adopted VM outlives ours: dropped without close(), our slots have to go from it all the same.
         weakref.finalize(vm, vm.memory.withdraw)
+        weakref.finalize(vm, vm.eventfds.withdraw)
         return vm
 
     def _ask_device(self):
@@ -223,6 +229,9 @@ cdef class VM:
             if self.adopted and mine and not (<Page>page).c.completes:
                 (<Page>page).flush()  # what was written last is the vCPU's, whoever runs it next
             (<Page>page).close()
+        if self.adopted and mine:
+            self.eventfds.withdraw()
+        self.eventfds.close()
         if self.memory is not None:
             if self.adopted and mine:
                 self.memory.withdraw()
@@ -355,6 +364,55 @@ cdef class VM:
         self.handle.check()
         self.handle.call("KVM_IRQ_LINE", KVM_IRQ_LINE, &argument)
 
+    def irqfd(self, gsi, eventfd, *, resample=None):
+        """Have KVM raise interrupt line `gsi` when an eventfd is written, without a thread of ours: -> IrqFd.
+
+        Needs an in-kernel interrupt controller: create_irqchip(). An edge, once for each time that the counter becomes
+        nonzero; KVM reads it back to 0. With `resample`, another eventfd, it is a level: it stays raised until the guest
+        acknowledges it (EOI), whereupon KVM lowers it and adds to `resample`; write `eventfd` again if the device still
+        wants attention. gsi: 0..15 go to PIC and IOAPIC, up to 23 to the IOAPIC, others where KVM_SET_GSI_ROUTING says.
+
+        eventfd, resample: descriptors, or objects with fileno(); duplicated. Nobody else should read `eventfd`. Raises
+        ValueError for what is no eventfd or no line, KvmError where KVM refuses (EBUSY: the eventfd raises a line already).
+        A scripted VM has no interrupts: there nothing comes of it.
+        Source: Documentation/virt/kvm/api.rst, KVM_IRQFD.
+        """
+        self.handle.check()
+        gsi = index(gsi)
+        lines = self.check(KVM_CAP_IRQ_ROUTING) or 1 << 32
+        if not 0 <= gsi < lines:
+            raise ValueError(f"gsi {gsi} is not in 0..{lines - 1}")
+        return self.eventfds.irqfd(gsi, eventfd, resample)
+
+    # ---- doorbells ----
+
+    def ioeventfd(self, address, size, eventfd, *, pio=False, match=None):
+        """Have KVM add one to an eventfd for each of the guest's writes to an address, in place of an exit: -> IoEventFd.
+
+        address: guest-physical, or with `pio` a port. It is the write's first byte; size: the write's bytes (1, 2, 4; MMIO
+        also 8), or 0 for any; match: only writes of this value. Other writes, and all reads, exit as ever. No vCPU's handler
+        sees the writes, nor is there an order between them and its exits: who waits on the eventfd learns of them when it
+        gets to run. Where a memslot covers the address, the guest writes to memory and nothing rings.
+
+        eventfd: a descriptor, or an object with fileno(); duplicated. Raises ValueError for what is no eventfd, for a size
+        or a value that no such write has; KvmError where KVM refuses (EEXIST: another ioeventfd has these writes). A
+        scripted VM has no kernel to do it: there such writes are exits.
+        Source: Documentation/virt/kvm/api.rst, KVM_IOEVENTFD.
+        """
+        self.handle.check()
+        size = index(size)
+        if size not in (0, 1, 2, 4, 8) or pio and size == 8:
+            raise ValueError(
+                f"size {size}: a write has 1, 2{' or 4' if pio else ', 4 or 8'} bytes; 0 stands for any")
+        address, _ = _span(address, size or 1, 0xffff if pio else UINT64_MAX, "port" if pio else "gpa")
+        if match is not None:
+            match = index(match)
+            if not size:
+                raise ValueError(f"match {match:#x} of any size: give the size of the write")
+            if not 0 <= match < 1 << 8 * size:
+                raise ValueError(f"match {match:#x} is not in 0..{(1 << 8 * size) - 1:#x}, what {size} bytes can be")
+        return self.eventfds.ioeventfd(address, size, eventfd, bool(pio), match)
+
     # ---- routes ----
 
     def on(self, exit_class, handler=None):
@@ -407,15 +465,48 @@ cdef class VM:
     def on_msr(self, first, count=1, handler=None):
         """Answer accesses to MSRs that KVM does not know or refuses: Rdmsr and Wrmsr exits.
 
-        Enables KVM_CAP_X86_USER_SPACE_MSR. An MSR that KVM handles itself comes only if a filter (KVM_X86_SET_MSR_FILTER)
-        denies it. See on().
+        Enables KVM_CAP_X86_USER_SPACE_MSR. An MSR that KVM handles itself comes only where filter_msrs() denies it.
+        See on().
         """
         first, last = _span(first, count, 0xffffffff, "MSR")
         if self.handle.fd >= 0:
             if not self.check(KVM_CAP_X86_USER_SPACE_MSR):
                 raise KvmError(errnos.EOPNOTSUPP, "KVM_CAP_X86_USER_SPACE_MSR", "MSR exits need Linux 5.10 or later")
-            self.enable(KVM_CAP_X86_USER_SPACE_MSR, 7)  # invalid, unknown, filtered
+            self._exit_on_msrs(
+                KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER)
         return self._route((KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR), first, last, handler)
+
+    def filter_msrs(self, ranges=(), *, default_allow=True):
+        """Say which MSRs the guest may access: what is denied is an Rdmsr or Wrmsr exit, `why` MsrExitReason.FILTER.
+
+        ranges: MsrRange or tuples like it: (first, nmsrs, read, write). `read` and `write`: True allows, False denies, None
+        says nothing of it; or bytes with a bit for each MSR, the lowest first, set where allowed. default_allow: what holds
+        for accesses that no range decides. Denied accesses that no handler takes (on_msr(), on(Rdmsr), on(Wrmsr)) are
+        returned by run(); answering `error` = 1 is the #GP that hardware would raise. What is allowed KVM handles as ever.
+
+        It replaces the filter there was, for all vCPUs; without arguments there is none any more. KVM never filters the
+        x2APIC's MSRs, 0x800 to 0x8ff, nor its own accesses. In a scripted VM it is checked and nothing more.
+
+        Raises ValueError for a range that is empty, longer than 0x3000 MSRs, overlaps another in what it decides, decides
+        nothing or cannot be filtered; for bytes of another length; for more than 16 ranges, those counting twice whose
+        `read` and `write` differ; and for denying all by default with no range, which KVM does not take. KvmError where KVM
+        refuses.
+        Source: Documentation/virt/kvm/api.rst, KVM_X86_SET_MSR_FILTER.
+        """
+        self.handle.check()
+        wanted = MsrFilter(ranges, default_allow)
+        with self.lock:
+            if self.handle.fd >= 0 and wanted.denies:
+                if not self.check(KVM_CAP_X86_MSR_FILTER):
+                    raise KvmError(errnos.EOPNOTSUPP, "KVM_X86_SET_MSR_FILTER", "MSR filters need Linux 5.10 or later")
+                self._exit_on_msrs(KVM_MSR_EXIT_REASON_FILTER)  # first: without it KVM answers with #GP
+            wanted.install(self.handle)
+
+    def _exit_on_msrs(self, reasons):
+        """Have such accesses exit, too: KVM forgets the reasons that are not said again."""
+        with self.lock:
+            self.enable(KVM_CAP_X86_USER_SPACE_MSR, self.msr_exits | reasons)
+            self.msr_exits |= reasons
 
     def _route(self, places, first, last, handler):
         if handler is None:

@@ -3,6 +3,7 @@
 import os
 
 from kvmexit import handlers, native, testing, x86
+from kvmexit._coalesced import CoalescedZone
 from kvmexit._convert import KvmAttributes, SlotRebind
 from kvmexit._eventfd import IoEventFd, IrqFd
 from kvmexit._exits import (
@@ -79,6 +80,7 @@ __all__ = [
     "ArmNisv",
     "ArmSea",
     "BusLock",
+    "CoalescedZone",
     "ConversionError",
     "Dcr",
     "Debug",

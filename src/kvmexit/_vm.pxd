@@ -1,3 +1,4 @@
+from kvmexit._coalesced cimport Coalesced
 from kvmexit._eventfd cimport EventFds
 from kvmexit._ioctl cimport Handle
 from kvmexit._memory cimport Memory
@@ -14,6 +15,7 @@ cdef class VM:
     cdef readonly object type
     cdef Vcpus vcpus
     cdef EventFds eventfds
+    cdef Coalesced coalesced
     cdef str device
     cdef size_t run_size        # of a vCPU's mapping
     cdef object cpuid           # struct kvm_cpuid2, what KVM supports; None where the device could not be asked

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self, TypeAlias, TypeVar, overload
 
 from typing_extensions import Buffer, disjoint_base
 
+from kvmexit._coalesced import CoalescedZone
 from kvmexit._convert import AttributesBackend
 from kvmexit._eventfd import IoEventFd, IrqFd
 from kvmexit._exits import Exit, Hypercall, Io, MemoryFault, Mmio, Rdmsr, Wrmsr
@@ -83,6 +84,9 @@ class VM:
     def ioeventfd(
         self, address: int, size: int, eventfd: int | _HasFileno, *, pio: bool = False, match: int | None = None
     ) -> IoEventFd: ...
+    def coalesce_mmio(self, gpa: int, size: int, handler: Handler[Mmio]) -> CoalescedZone: ...
+    def coalesce_pio(self, port: int, count: int, handler: Handler[Io]) -> CoalescedZone: ...
+    def drain_coalesced(self) -> int: ...
     # Without a handler a decorator, with one a Route.
     @overload
     def on(self, exit_class: builtins.type[_E], handler: None = None) -> _Decorator[_E]: ...

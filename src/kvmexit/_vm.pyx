@@ -15,6 +15,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from kvmexit._coalesced cimport Coalesced
 from kvmexit._convert cimport KvmAttributes
 from kvmexit._eventfd cimport EventFds
 from kvmexit._ioctl cimport Handle, call, call_value, forks
@@ -142,6 +143,7 @@ cdef class VM:
         self.lock = threading.RLock()
         self.vcpus = Vcpus(handle)
         self.eventfds = EventFds(handle)
+        self.coalesced = Coalesced(handle, self.vcpus)
 
     def _set_up_memory(self, numbers, attributes):
         if attributes is None and self.check(KVM_CAP_MEMORY_ATTRIBUTES) & KVM_MEMORY_ATTRIBUTE_PRIVATE:
@@ -326,6 +328,7 @@ cdef class VM:
         if page.c.fd >= 0:
             page.syncable = self.check(KVM_CAP_SYNC_REGS) & (REGS | SREGS | EVENTS)
         page.c.id = id
+        page.c.coalesced = &self.coalesced.c
         self.routing.attach(page)
         vcpu = cls._make(self, page, id)
         self.vcpus.add(page)
@@ -412,6 +415,44 @@ cdef class VM:
             if not 0 <= match < 1 << 8 * size:
                 raise ValueError(f"match {match:#x} is not in 0..{(1 << 8 * size) - 1:#x}, what {size} bytes can be")
         return self.eventfds.ioeventfd(address, size, eventfd, bool(pio), match)
+
+    # ---- posted writes ----
+
+    def coalesce_mmio(self, gpa, size, handler):
+        """Have KVM post the guest's writes to `size` bytes from `gpa`: the guest goes on at once, and a native handler is
+        called for each of them, in their order, when a vCPU next leaves KVM_RUN, before anything else is done about
+        that: -> CoalescedZone.
+
+        handler: a native handler (kvmexit.native), called as for a write's exit, on a vCPU's thread, not always the one
+        that wrote: `vcpu` is whose thread it is, and `run` is NULL. What it returns changes nothing: the guest has gone on.
+        The handler is also a route (on_mmio()): reads, writes that are not wholly inside, and writes that find the ring full
+        (169 are in it) are exits, and come to it after those that were posted before.
+
+        Raises TypeError for a handler in Python, ValueError for a range that is empty, wraps, is larger than 4 GiB or
+        overlaps another such zone, Error in an adopted VM (its owner drains the ring), KvmError where KVM refuses.
+        Source: Documentation/virt/kvm/api.rst, KVM_(UN)REGISTER_COALESCED_MMIO.
+        """
+        gpa, last = _span(gpa, size, UINT64_MAX, "gpa")
+        if last - gpa > 0xfffffffe:
+            raise ValueError(f"size {size:#x} is more than KVM takes, 0xffffffff: use several zones")
+        return self._coalesce(False, gpa, last, handler)
+
+    def coalesce_pio(self, port, count, handler):
+        """The same for `count` ports from `port`: see coalesce_mmio()."""
+        port, last = _span(port, count, 0xffff, "port")
+        return self._coalesce(True, port, last, handler)
+
+    def _coalesce(self, pio, first, last, handler):
+        self.handle.check()
+        if self.adopted:
+            raise Error("posted writes of an adopted VM are its owner's: one ring, one drainer. Use a route")
+        return self.coalesced.add(self, pio, first, last, handler)
+
+    def drain_coalesced(self):
+        """Handle the writes that are posted by now; -> how many. They are anyway when a vCPU leaves KVM_RUN: this is for
+        what a guest posted that has not left it since. Raises Error where the VM is closed."""
+        self.handle.check()
+        return self.coalesced.drain()
 
     # ---- routes ----
 
@@ -517,12 +558,15 @@ cdef class VM:
         handler = coerce(handler)
         if isinstance(handler, Native):
             (<Native>handler).check(self.memory)
+        return Route(self, handler, self._add_entries(places, first, last, handler))
+
+    def _add_entries(self, places, first, last, handler):
         with self.lock:
             self.handle.check()
             self.serial += 1
             entries = [Entry(handler, place, first, last, self.serial) for place in places]
             self._replace_routes(entries, ())
-            return Route(self, handler, entries)
+            return entries
 
     def _remove_entries(self, entries):
         with self.lock:

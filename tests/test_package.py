@@ -37,6 +37,7 @@ BURST = {
         "describe", "classify", "is_well_formed_io", "completes_on_entry"],
     "_native": ["ignore", "fill", "stop", "count", "ring", "access_registers", "load_register", "store_register"],
     "_trace": ["enter_scripted"],
+    "_dirty": ["harvest", "next_page"],
     "_native_convert": ["take", "repair", "plan", "follow", "part", "convert", "fail", "map_gpa_range", "reply"],
     "_convert": [
         "has_state", "find", "position", "examine_fault", "examine", "refuse", "convert_chunk", "change", "end_of_run", "change_run",
@@ -123,7 +124,7 @@ def example(name, number):
     ("name", "number", "needs"), [
     ("README.md", 0, "kvm"), ("README.md", 1, "private_vm"), ("docs/memory.md", 0, "kvm"), ("docs/memory.md", 1, "scripted"),
     ("docs/native.md", 0, "scripted"), ("docs/kernelside.md", 0, "kvm"), ("docs/kernelside.md", 1, "kvm"),
-    ("docs/kernelside.md", 2, "scripted")])
+    ("docs/kernelside.md", 2, "scripted"), ("docs/kernelside.md", 3, "kvm")])
 def test_the_examples_run(name, number, needs, request, capsys):
     """As they stand there; the README's guest, of which it says nothing, writes to ports 0x3f8 and 0xf4."""
     request.getfixturevalue(needs)

@@ -5,6 +5,7 @@ import os
 from kvmexit import handlers, native, testing, x86
 from kvmexit._coalesced import CoalescedZone
 from kvmexit._convert import KvmAttributes, SlotRebind
+from kvmexit._dirty import DirtyRange
 from kvmexit._eventfd import IoEventFd, IrqFd
 from kvmexit._exits import (
     ApResetHold,
@@ -84,6 +85,7 @@ __all__ = [
     "ConversionError",
     "Dcr",
     "Debug",
+    "DirtyRange",
     "DirtyRingFull",
     "DraftMemoryFault",
     "Epr",

@@ -14,6 +14,7 @@ class Coalesced:
 
 @final
 class CoalescedZone:
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     @property
     def handler(self) -> Native: ...
     @property

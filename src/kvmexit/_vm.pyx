@@ -2,6 +2,7 @@
 
 import enum
 import errno as errnos
+import mmap
 import os
 import platform
 import sys
@@ -24,15 +25,18 @@ from kvmexit._msr_filter cimport MsrFilter
 from kvmexit._page cimport EVENTS, REGS, SREGS, Page, map_vcpu
 from kvmexit._routes cimport ANY, Native, Routing
 from kvmexit._uapi cimport (
-    KVM_API_VERSION, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IRQ_ROUTING,
-    KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_NR_MEMSLOTS,
+    KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_EXIT_HYPERCALL,
+    KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IRQ_ROUTING,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_NR_MEMSLOTS,
     KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2, KVM_CAP_X86_MSR_FILTER,
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_CHECK_EXTENSION, KVM_CREATE_IRQCHIP, KVM_CREATE_VCPU, KVM_CREATE_VM, KVM_ENABLE_CAP,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_CHECK_EXTENSION, KVM_CREATE_IRQCHIP, KVM_CREATE_VCPU, KVM_CREATE_VM,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_DIRTY_LOG_PAGE_OFFSET, KVM_ENABLE_CAP,
     KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
     KVM_GET_API_VERSION, KVM_GET_SUPPORTED_CPUID, KVM_GET_VCPU_MMAP_SIZE, KVM_IRQ_LINE, KVM_MEMORY_ATTRIBUTE_PRIVATE,
     KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
     KVM_SET_CPUID2, KVM_SET_IDENTITY_MAP_ADDR, KVM_SET_SIGNAL_MASK, KVM_SET_TSS_ADDR, KVM_X86_DEFAULT_VM,
-    KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM, KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM, kvm_enable_cap,
+    KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM, KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM,
+    kvm_dirty_gfn, kvm_enable_cap,
     kvm_irq_level,
 )
 from kvmexit._vcpus cimport Vcpus
@@ -41,6 +45,9 @@ from kvmexit._ioctl import generic_ioctl
 from kvmexit._routes import Entry, Route
 from kvmexit.errors import Error, KvmError
 from kvmexit.handlers import coerce
+
+cdef enum:
+    PAGE = 4096
 
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() nogil
@@ -307,6 +314,9 @@ cdef class VM:
             raise KvmError(errnos.EACCES, f"open {self.device}", "the CPUID that KVM supports has to be asked of the device")
         cpuid = self.cpuid
         call(fd, "KVM_SET_CPUID2", KVM_SET_CPUID2, &cpuid[0])
+        if self.memory.dirty_log.entries:
+            self.memory.dirty_log.add_ring(mmap.mmap(
+                fd, self.memory.dirty_log.entries * sizeof(kvm_dirty_gfn), offset=KVM_DIRTY_LOG_PAGE_OFFSET * PAGE))
         return self._make_vcpu(Vcpu, page, id)
 
     def adopt_vcpu(self, fd, id=0):
@@ -386,6 +396,52 @@ cdef class VM:
         if not 0 <= gsi < lines:
             raise ValueError(f"gsi {gsi} is not in 0..{lines - 1}")
         return self.eventfds.irqfd(gsi, eventfd, resample)
+
+    # ---- what guests write to ----
+
+    def manual_dirty_protect(self, *, initially_set=False):
+        """Have slots keep what they have dirty until it is cleared: slot.dirty() only looks, and slot.clear_dirty() takes
+        back what was dealt with, piece by piece (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2). Then the slot is not write-protected as
+        a whole at once. initially_set: a slot that is added from now on is dirty as a whole at first.
+
+        Raises KvmError where KVM has it not.
+        """
+        wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | (KVM_DIRTY_LOG_INITIALLY_SET if initially_set else 0)
+        if self.check(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) & wanted != wanted:
+            raise KvmError(
+                errnos.EOPNOTSUPP, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", "it needs Linux 5.0, or 5.8 to be set at first")
+        self.enable(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, wanted)
+
+    def enable_dirty_ring(self, entries=4096):
+        """Have KVM note pages written to in a ring of each vCPU, in place of a bitmap of each slot: before the first vCPU.
+        memory.dirty() and slot.dirty() say the same as without. It costs by the pages written to, not by the slots' sizes.
+
+        entries: of each ring, 16 bytes an entry, a power of two. A vCPU whose ring is full exits with DirtyRingFull:
+        `vm.on(DirtyRingFull, handlers.collect_dirty)`. In a scripted VM it changes nothing. Raises ValueError for another
+        number of entries, Error in an adopted VM, KvmError where KVM refuses: there are vCPUs or rings already, or it has no
+        rings.
+        Source: Documentation/virt/kvm/api.rst, KVM_CAP_DIRTY_LOG_RING.
+        """
+        self.handle.check()
+        entries = index(entries)
+        if entries < PAGE // sizeof(kvm_dirty_gfn) or entries & (entries - 1):
+            raise ValueError(f"{entries} entries: a dirty ring has a power of two of them, 256 at least")
+        if self.adopted:
+            raise Error("the vCPUs of an adopted VM are its owner's, and so are their dirty rings: one harvester")
+        if self.handle.fd < 0:
+            return
+        cap = KVM_CAP_DIRTY_LOG_RING_ACQ_REL if self.check(KVM_CAP_DIRTY_LOG_RING_ACQ_REL) else KVM_CAP_DIRTY_LOG_RING
+        most = self.check(cap) // sizeof(kvm_dirty_gfn)
+        if not most:
+            raise KvmError(errnos.EOPNOTSUPP, "KVM_CAP_DIRTY_LOG_RING", "dirty rings need Linux 5.11 or later")
+        if entries > most:
+            raise ValueError(f"{entries} entries are more than KVM takes, {most}")
+        try:
+            self.enable(cap, entries * sizeof(kvm_dirty_gfn))
+        except KvmError as error:
+            error.hint = "call it once, before the first vCPU; 1024 entries at least where the processor logs pages itself"
+            raise
+        self.memory.dirty_log.use_rings(entries)
 
     # ---- doorbells ----
 

@@ -93,5 +93,7 @@ _HINTS = {
     ("KVM_IRQFD", errnos.EINVAL): "call vm.create_irqchip() first, before the first vCPU",
     ("KVM_IRQFD", errnos.EAGAIN): "call vm.create_irqchip() first, before the first vCPU",
     ("KVM_IRQFD", errnos.EBUSY): "the eventfd raises a line already: use one for each line",
+    ("KVM_GET_DIRTY_LOG", errnos.ENXIO): "the VM has dirty rings, which its owner harvests",
+    ("KVM_CLEAR_DIRTY_LOG", errnos.ENXIO): "the VM has dirty rings: dirty() empties them, there is nothing to clear",
     ("KVM_CREATE_GUEST_MEMFD", errnos.ENOTTY): "guest_memfd needs Linux 6.8 or later",
 }

@@ -37,7 +37,6 @@ BURST = {
         "describe", "classify", "is_well_formed_io", "completes_on_entry"],
     "_native": ["ignore", "fill", "stop", "count", "ring", "access_registers", "load_register", "store_register"],
     "_trace": ["enter_scripted"],
-    "_dirty": ["harvest", "next_page"],
     "_native_convert": ["take", "repair", "plan", "follow", "part", "convert", "fail", "map_gpa_range", "reply"],
     "_convert": [
         "has_state", "find", "position", "examine_fault", "examine", "refuse", "convert_chunk", "change", "end_of_run", "change_run",

@@ -128,6 +128,8 @@ cdef class Coalesced:
         try:
             for page in self.vcpus.pages():  # they all show the same ring, but a scripted VM's
                 page.check()
+                if page.c.fd < 0 and page.owner:
+                    continue  # its script, which is no kernel, is writing there
                 c = &page.c
                 held = False
                 while not held:

@@ -3,7 +3,10 @@
 import os
 
 from kvmexit import handlers, native, testing, x86
+from kvmexit._coalesced import CoalescedZone
 from kvmexit._convert import KvmAttributes, SlotRebind
+from kvmexit._dirty import DirtyRange
+from kvmexit._eventfd import IoEventFd, IrqFd
 from kvmexit._exits import (
     ApResetHold,
     ArmLdst64b,
@@ -59,6 +62,7 @@ from kvmexit._exits import (
 )
 from kvmexit._loop import KICK_SIGNAL, Vcpu
 from kvmexit._memory import GuestMemfdFlags, Memory, MemoryRange, Slot
+from kvmexit._msr_filter import MsrExitReason, MsrRange
 from kvmexit._registers import Events, Regs, Segment, Sregs
 from kvmexit._routes import Route
 from kvmexit._version import __version__
@@ -77,9 +81,11 @@ __all__ = [
     "ArmNisv",
     "ArmSea",
     "BusLock",
+    "CoalescedZone",
     "ConversionError",
     "Dcr",
     "Debug",
+    "DirtyRange",
     "DirtyRingFull",
     "DraftMemoryFault",
     "Epr",
@@ -99,7 +105,9 @@ __all__ = [
     "Interrupted",
     "Intr",
     "Io",
+    "IoEventFd",
     "IoapicEoi",
+    "IrqFd",
     "IrqWindowOpen",
     "KvmAttributes",
     "KvmError",
@@ -109,6 +117,8 @@ __all__ = [
     "MemoryFault",
     "MemoryRange",
     "Mmio",
+    "MsrExitReason",
+    "MsrRange",
     "Nmi",
     "NotPendingError",
     "Notify",

@@ -544,7 +544,7 @@ cdef class Debug(Exit):
 cdef class Rdmsr(Exit):
     """The guest reads an MSR that userspace asked for. Answer: `data`, or `error` = 1 for #GP.
 
-    index; why: 1 invalid, 2 unknown, 4 filtered. Source: struct kvm_run, member msr.
+    index; why: as MsrExitReason, 1 invalid, 2 unknown, 4 filtered. Source: struct kvm_run, member msr.
     """
 
     __match_args__ = ("index", "why", "data", "error")

@@ -51,6 +51,9 @@ cdef extern from "<errno.h>" nogil:
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, ...)
 
+cdef extern from "_coalesced.h" nogil:
+    void kvmexit_drain_coalesced(const kvmexit_vcpu *)
+
 cdef extern from "<signal.h>" nogil:
     const int SIGRTMIN
 
@@ -113,6 +116,7 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
         c.run.exit_reason = KVMEXIT_REASON_SENTINEL
         c.error = -c.enter(c)
         c.entries += 1
+        kvmexit_drain_coalesced(c)
         reason = c.reason
         c.reason = c.run.exit_reason
         outcome = triage(c.error, c.reason)

@@ -1,6 +1,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmexit._convert cimport Conversions, Converter, Region, Result
+from kvmexit._dirty cimport DirtyLog, SlotDirty
 from kvmexit._ioctl cimport Handle
 from kvmexit._vcpus cimport Vcpus
 
@@ -18,8 +19,10 @@ cdef class Slot:
     cdef object mapping      # the mmap.mmap or GmemMapping that view_ is over, where the slot made one
     cdef bint adopted        # somebody else's memslot
     cdef object view_        # memoryview of bytes; None once gone
+    cdef SlotDirty dirty_    # None: not log_dirty, or gone
 
     cdef void close_fd(self) noexcept
+    cdef SlotDirty logged(self)
 
 
 cdef class Memory:
@@ -34,6 +37,7 @@ cdef class Memory:
     cdef Converter *converter  # of conversions
     cdef bint rebinds          # the backend is SlotRebind
     cdef Vcpus vcpus
+    cdef readonly DirtyLog dirty_log  # internal
 
     cdef int convert_steps(self, uint64_t first, uint64_t last, bint private) except -1
     cdef int look_around(self) except -1

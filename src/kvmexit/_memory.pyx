@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 import threading
+from array import array
 from operator import attrgetter, index
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from kvmexit._convert cimport (
     convert_chunk, examine, exclude, free_region, give_bits, insert, kvmexit_generation, kvmexit_next_generation,
     kvmexit_take_fd, list_runs, release_number, reserve_number, state_at, withdraw,
 )
+from kvmexit._dirty cimport DirtyLog, SlotDirty
 from kvmexit._ioctl cimport Handle, forks
 from kvmexit._uapi cimport (
     GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CREATE_GUEST_MEMFD, KVM_MEM_GUEST_MEMFD,
@@ -41,6 +43,7 @@ from kvmexit._uapi cimport (
     kvm_create_guest_memfd, kvm_userspace_memory_region2,
 )
 from kvmexit._vcpus cimport Vcpus
+from kvmexit._dirty import DirtyRange
 from kvmexit.errors import ConversionError, Error, KvmError
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -149,6 +152,44 @@ cdef class Slot:
     def __repr__(self):
         return f"Slot(gpa={self.gpa:#x}, size={self.size:#x}, number={self.number})"
 
+    cdef SlotDirty logged(self):
+        if self.dirty_ is None:
+            raise Error(f"{self!r} " + ("was removed" if self.log_dirty else
+                                        "does not log which pages are written to: add it with log_dirty=True"))
+        return self.dirty_
+
+    def dirty(self):
+        """-> [DirtyRange(gpa, size)]: what the guest has written to since the last time, as runs of pages, by address; with
+        vm.manual_dirty_protect() since it was cleared.
+
+        Ask first, then read the pages: what is written after the question is in the next answer. What the host writes
+        (views, memory.write(), handlers) is not noted. Raises Error where the slot does not log it, was removed, or its VM
+        is closed; KvmError where KVM refuses.
+        Source: Documentation/virt/kvm/api.rst, KVM_GET_DIRTY_LOG, KVM_CAP_DIRTY_LOG_RING.
+        """
+        cdef SlotDirty dirty = self.logged()
+        return dirty.ranges(dirty.take())
+
+    def dirty_bitmap(self):
+        """The same as a bytearray: bit n % 8 of byte n // 8 is the slot's page n. A whole number of 64-bit words:
+        numpy.unpackbits(numpy.frombuffer(bitmap, "u1"), bitorder="little", count=slot.size // 4096)."""
+        return self.logged().take()
+
+    def clear_dirty(self, gpa=None, size=None):
+        """With vm.manual_dirty_protect(): have KVM note anew from now on who writes to `size` bytes from `gpa`, whole pages
+        of this slot; without arguments to all of it (KVM_CLEAR_DIRTY_LOG). Read the pages afterwards.
+
+        Raises ValueError for a range that is empty, unaligned or not in the slot, and as dirty(); KvmError (ENXIO) where the
+        VM has dirty rings.
+        """
+        cdef SlotDirty dirty = self.logged()
+        if (gpa is None) != (size is None):
+            raise ValueError("give gpa and size, or neither")
+        gpa, size = (self.gpa, self.size) if gpa is None else _range(gpa, size)
+        if gpa < self.gpa or gpa + size > self.gpa + self.size:
+            raise ValueError(f"gpa {gpa:#x}, size {size:#x} is not in {self!r}")
+        dirty.clear((gpa - self.gpa) // _PAGE, size // _PAGE)
+
     def close_guest_memfd(self):
         """Close the slot's guest_memfd, and unmap it where it is what the slot maps. KVM drops the pages, and the guest's
         next access is a MEMORY_FAULT (virt/kvm/guest_memfd.c). For tests and for teardown in steps.
@@ -238,6 +279,7 @@ cdef class Memory:
         self.still = _Paused(vcpus if self.rebinds else None)
         self.conversions = Conversions(handle, backend, [index(number) for number in numbers])
         self.converter = &self.conversions.c
+        self.dirty_log = DirtyLog(handle)
 
     def __dealloc__(self):
         free(self.spans)
@@ -338,6 +380,9 @@ cdef class Memory:
                 self._insert(gone)
                 raise
             self.change_slots([], [gone])
+            if gone.dirty_ is not None:
+                self.dirty_log.forget(gone.dirty_)
+                gone.dirty_ = None
             self._release_number(gone.number)
             gone.view_ = gone.mapping = gone.conversions = None
             gone.close_fd()
@@ -454,6 +499,38 @@ cdef class Memory:
                     for i in range(count)]
         finally:
             free(runs)
+
+    def dirty(self):
+        """What guests have written to since the last time, in all slots that log it: as Slot.dirty(), runs by address."""
+        cdef Slot slot
+        cdef list found = []
+        self.handle.check()
+        for slot in self.slots:
+            if slot.dirty_ is not None:
+                for run in slot.dirty():
+                    if found and sum(found[-1]) == run.gpa:
+                        run = DirtyRange(found[-1].gpa, found.pop().size + run.size)
+                    found.append(run)
+        return found
+
+    def dirty_pages(self):
+        """The same as array("Q") of the pages' guest-physical addresses, in order; numpy.frombuffer(pages, "u8") is a
+        view."""
+        cdef Slot slot
+        found = array("Q")
+        self.handle.check()
+        for slot in self.slots:
+            if slot.dirty_ is not None:
+                found += slot.dirty_.addresses(slot.dirty_.take())
+        return found
+
+    def collect_dirty(self):
+        """Empty the dirty rings, as a full one asks for (handlers.collect_dirty); -> how many entries they had. What they
+        say is kept for the next dirty(). Raises Error where the VM has none (vm.enable_dirty_ring()), or is closed."""
+        self.handle.check()
+        if not self.dirty_log.entries:
+            raise Error("this VM has no dirty rings: call vm.enable_dirty_ring() before the first vCPU")
+        return self.dirty_log.collect()
 
     def read(self, gpa, n):
         """-> n bytes from guest-physical `gpa`, across slots: of private pages the shared side, which is zeros.
@@ -605,6 +682,8 @@ cdef class Memory:
             raise KvmError(errnos.ENOSPC, "KVM_SET_USER_MEMORY_REGION2", f"all memslots are in use: {len(self.slots)} slots")
         slot.number_ = number
         try:
+            if slot.log_dirty:
+                slot.dirty_ = self.dirty_log.watch(number, slot.gpa, slot.size)  # before a guest can write to it
             if slot.region.private_side != NULL:
                 take_whole(&slot.region, number)
             self.set_region(slot, slot.size)
@@ -615,6 +694,8 @@ cdef class Memory:
                 raise
             slot.conversions = self.conversions
         except BaseException as error:
+            if slot.dirty_ is not None:
+                self.dirty_log.forget(slot.dirty_)
             self._release_number(number)
             if not isinstance(error, KvmError):
                 raise
@@ -717,6 +798,7 @@ cdef class Memory:
                 slot.view_ = slot.mapping = slot.conversions = None
                 slot.close_fd()
             self.slots = ()
+        self.dirty_log.close()
 
     cdef int transfer(self, gpa, char *local, size_t n, bint to_guest) except -1:
         cdef iovec ours, theirs

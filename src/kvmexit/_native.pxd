@@ -15,7 +15,7 @@ cdef extern from "_serial.h" nogil:
     uint64_t kvmexit_serial_counted(const uint64_t *)
 
 
-cdef int _dup_eventfd(fd) except -1
+cdef int dup_eventfd(fd) except -1
 
 
 cdef class Function(Native):

@@ -255,7 +255,7 @@ cdef class Counter(Native):
 
 # ---- devices ----
 
-cdef int _dup_eventfd(fd) except -1:
+cdef int dup_eventfd(fd) except -1:
     """A descriptor of our own for an eventfd."""
     fd = fd if isinstance(fd, int) else fd.fileno()
     try:
@@ -283,7 +283,7 @@ cdef class EventFd(Native):
     """
 
     def __cinit__(self, eventfd):
-        self.eventfd = _dup_eventfd(eventfd)
+        self.eventfd = dup_eventfd(eventfd)
         self.call, self.opaque = ring, &self.eventfd
 
     def __dealloc__(self):
@@ -382,7 +382,7 @@ cdef class Registers(Native):
                 raise ValueError(f"a read_only mask of {len(self.mask)} bytes for {self.device.size} bytes of registers")
             self.device.read_only = <const uint8_t *><const char *>self.mask
         if eventfd is not None:
-            self.device.doorbell = _dup_eventfd(eventfd)
+            self.device.doorbell = dup_eventfd(eventfd)
         self.eventfd = eventfd
         self.call = access_registers
 

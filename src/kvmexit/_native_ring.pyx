@@ -12,7 +12,7 @@ from posix.unistd cimport close
 
 from kvmexit._chain cimport kvmexit_exit
 from kvmexit._ioctl cimport forks
-from kvmexit._native cimport _dup_eventfd
+from kvmexit._native cimport dup_eventfd
 from kvmexit._routes cimport Native
 from kvmexit.errors import Error
 
@@ -152,7 +152,7 @@ cdef class Ring(Native):
             raise ValueError(f"full={full!r} must be one of {', '.join(map(repr, _FULL))}")
         self.forks = forks()
         self.ring.eventfd = (
-            os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if eventfd is None else _dup_eventfd(eventfd))
+            os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if eventfd is None else dup_eventfd(eventfd))
         self.ring.is_read = eventfd is None
         if kvmexit_ring_init(&self.ring, entries, vcpus, _FULL[full]) != 0:
             raise MemoryError

@@ -42,6 +42,8 @@ struct kvmexit_vcpu {
     uint32_t hit_place;
     uint32_t id;
 
+    struct kvmexit_coalesced *coalesced; /* the VM's posted writes: _coalesced.h */
+
     /* what may have repaired a fault: _convert.pxd */
     void *converter;
     uint64_t generation; /* at the last entry */

@@ -7,6 +7,8 @@ from kvmexit._uapi cimport kvm_regs, kvm_run
 
 
 cdef extern from "_page.h" nogil:
+    struct kvmexit_coalesced:
+        pass
     struct kvmexit_vcpu:
         int (*enter)(kvmexit_vcpu *) noexcept nogil
         kvm_run *run
@@ -32,6 +34,7 @@ cdef extern from "_page.h" nogil:
         const kvmexit_table *table
         const kvmexit_route *chain
         uint32_t id
+        kvmexit_coalesced *coalesced
         void *converter
         uint64_t generation
         int software_protected

@@ -10,11 +10,16 @@ cdef extern from "include/kvmexit/uapi.h" nogil:
         KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2, KVM_SET_TSS_ADDR
         KVM_SET_IDENTITY_MAP_ADDR, KVM_CREATE_IRQCHIP, KVM_IRQ_LINE, KVM_ENABLE_CAP, KVM_CREATE_GUEST_MEMFD
         KVM_SET_MEMORY_ATTRIBUTES
+        KVM_IOEVENTFD, KVM_IRQFD, KVM_X86_SET_MSR_FILTER, KVM_REGISTER_COALESCED_MMIO, KVM_UNREGISTER_COALESCED_MMIO
+        KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG, KVM_RESET_DIRTY_RINGS
         KVM_RUN, KVM_GET_REGS, KVM_SET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_SET_SIGNAL_MASK, KVM_SET_CPUID2
         KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, KVM_INTERRUPT, KVM_NMI
         KVM_CAP_SET_TSS_ADDR, KVM_CAP_NR_MEMSLOTS, KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SYNC_REGS
         KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_EXIT_HYPERCALL
         KVM_CAP_USER_MEMORY2, KVM_CAP_MEMORY_ATTRIBUTES
+        KVM_CAP_IRQ_ROUTING, KVM_CAP_X86_MSR_FILTER, KVM_CAP_COALESCED_MMIO, KVM_CAP_COALESCED_PIO
+        KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+        KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_DIRTY_LOG_INITIALLY_SET
         KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM, KVM_X86_SEV_VM, KVM_X86_SEV_ES_VM, KVM_X86_SNP_VM, KVM_X86_TDX_VM
         KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_MEM_GUEST_MEMFD
         GUEST_MEMFD_FLAG_MMAP, GUEST_MEMFD_FLAG_INIT_SHARED
@@ -27,6 +32,12 @@ cdef extern from "include/kvmexit/uapi.h" nogil:
         KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNDBG
         KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
         KVM_MEMORY_EXIT_FLAG_PRIVATE
+        KVM_IOEVENTFD_FLAG_DATAMATCH, KVM_IOEVENTFD_FLAG_PIO, KVM_IOEVENTFD_FLAG_DEASSIGN
+        KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE
+        KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_MSR_EXIT_REASON_FILTER
+        KVM_MSR_FILTER_MAX_RANGES, KVM_MSR_FILTER_MAX_BITMAP_SIZE, KVM_MSR_FILTER_READ, KVM_MSR_FILTER_WRITE
+        KVM_MSR_FILTER_DEFAULT_ALLOW, KVM_MSR_FILTER_DEFAULT_DENY
+        KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_DIRTY_LOG_PAGE_OFFSET, KVM_DIRTY_GFN_F_DIRTY, KVM_DIRTY_GFN_F_RESET
     const uint32_t KVMEXIT_REASON_SENTINEL
 
     struct kvm_regs:
@@ -312,3 +323,37 @@ cdef extern from "include/kvmexit/uapi.h" nogil:
 
     struct kvm_interrupt:
         uint32_t irq
+
+    struct kvm_ioeventfd:
+        uint64_t datamatch, addr
+        uint32_t len
+        int fd
+        uint32_t flags
+
+    struct kvm_irqfd:
+        uint32_t fd, gsi, flags, resamplefd
+
+    struct kvm_msr_filter_range:
+        uint32_t flags, nmsrs, base
+        uint8_t *bitmap
+
+    struct kvm_msr_filter:
+        uint32_t flags
+        kvm_msr_filter_range ranges[16]
+
+    struct kvm_coalesced_mmio_zone:
+        uint64_t addr
+        uint32_t size, pio
+
+    struct kvm_dirty_log:
+        uint32_t slot
+        void *dirty_bitmap
+
+    struct kvm_clear_dirty_log:
+        uint32_t slot, num_pages
+        uint64_t first_page
+        void *dirty_bitmap
+
+    struct kvm_dirty_gfn:
+        uint32_t flags, slot
+        uint64_t offset

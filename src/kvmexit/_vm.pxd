@@ -1,3 +1,5 @@
+from kvmexit._coalesced cimport Coalesced
+from kvmexit._eventfd cimport EventFds
 from kvmexit._ioctl cimport Handle
 from kvmexit._memory cimport Memory
 from kvmexit._routes cimport Routing
@@ -12,8 +14,10 @@ cdef class VM:
     cdef readonly Memory memory
     cdef readonly object type
     cdef Vcpus vcpus
+    cdef EventFds eventfds
+    cdef Coalesced coalesced
     cdef str device
     cdef size_t run_size        # of a vCPU's mapping
     cdef object cpuid           # struct kvm_cpuid2, what KVM supports; None where the device could not be asked
     cdef bint adopted
-    cdef unsigned long serial, hypercalls
+    cdef unsigned long serial, hypercalls, msr_exits  # the last two as KVM was told

@@ -2,6 +2,7 @@
 
 import enum
 import errno as errnos
+import mmap
 import os
 import platform
 import sys
@@ -15,19 +16,27 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from kvmexit._coalesced cimport Coalesced
 from kvmexit._convert cimport KvmAttributes
+from kvmexit._eventfd cimport EventFds
 from kvmexit._ioctl cimport Handle, call, call_value, forks
 from kvmexit._memory cimport Memory
+from kvmexit._msr_filter cimport MsrFilter
 from kvmexit._page cimport EVENTS, REGS, SREGS, Page, map_vcpu
 from kvmexit._routes cimport ANY, Native, Routing
 from kvmexit._uapi cimport (
-    KVM_API_VERSION, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_NR_MEMSLOTS,
-    KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2,
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_CHECK_EXTENSION, KVM_CREATE_IRQCHIP, KVM_CREATE_VCPU, KVM_CREATE_VM, KVM_ENABLE_CAP,
+    KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_EXIT_HYPERCALL,
+    KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IRQ_ROUTING,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_NR_MEMSLOTS,
+    KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2, KVM_CAP_X86_MSR_FILTER,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_CHECK_EXTENSION, KVM_CREATE_IRQCHIP, KVM_CREATE_VCPU, KVM_CREATE_VM,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_DIRTY_LOG_PAGE_OFFSET, KVM_ENABLE_CAP,
     KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
     KVM_GET_API_VERSION, KVM_GET_SUPPORTED_CPUID, KVM_GET_VCPU_MMAP_SIZE, KVM_IRQ_LINE, KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
     KVM_SET_CPUID2, KVM_SET_IDENTITY_MAP_ADDR, KVM_SET_SIGNAL_MASK, KVM_SET_TSS_ADDR, KVM_X86_DEFAULT_VM,
-    KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM, KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM, kvm_enable_cap,
+    KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM, KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM,
+    kvm_dirty_gfn, kvm_enable_cap,
     kvm_irq_level,
 )
 from kvmexit._vcpus cimport Vcpus
@@ -36,6 +45,9 @@ from kvmexit._ioctl import generic_ioctl
 from kvmexit._routes import Entry, Route
 from kvmexit.errors import Error, KvmError
 from kvmexit.handlers import coerce
+
+cdef enum:
+    PAGE = 4096
 
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() nogil
@@ -137,6 +149,8 @@ cdef class VM:
         self.routing = Routing()
         self.lock = threading.RLock()
         self.vcpus = Vcpus(handle)
+        self.eventfds = EventFds(handle)
+        self.coalesced = Coalesced(handle, self.vcpus)
 
     def _set_up_memory(self, numbers, attributes):
         if attributes is None and self.check(KVM_CAP_MEMORY_ATTRIBUTES) & KVM_MEMORY_ATTRIBUTE_PRIVATE:
@@ -177,6 +191,7 @@ cdef class VM:
             vm.memory.adopt(*AdoptedSlot(*slot))
         # The adopted VM outlives ours: dropped without close(), our slots have to go from it all the same.
         weakref.finalize(vm, vm.memory.withdraw)
+        weakref.finalize(vm, vm.eventfds.withdraw)
         return vm
 
     def _ask_device(self):
@@ -223,6 +238,9 @@ cdef class VM:
             if self.adopted and mine and not (<Page>page).c.completes:
                 (<Page>page).flush()  # what was written last is the vCPU's, whoever runs it next
             (<Page>page).close()
+        if self.adopted and mine:
+            self.eventfds.withdraw()
+        self.eventfds.close()
         if self.memory is not None:
             if self.adopted and mine:
                 self.memory.withdraw()
@@ -296,6 +314,9 @@ cdef class VM:
             raise KvmError(errnos.EACCES, f"open {self.device}", "the CPUID that KVM supports has to be asked of the device")
         cpuid = self.cpuid
         call(fd, "KVM_SET_CPUID2", KVM_SET_CPUID2, &cpuid[0])
+        if self.memory.dirty_log.entries:
+            self.memory.dirty_log.add_ring(mmap.mmap(
+                fd, self.memory.dirty_log.entries * sizeof(kvm_dirty_gfn), offset=KVM_DIRTY_LOG_PAGE_OFFSET * PAGE))
         return self._make_vcpu(Vcpu, page, id)
 
     def adopt_vcpu(self, fd, id=0):
@@ -317,6 +338,7 @@ cdef class VM:
         if page.c.fd >= 0:
             page.syncable = self.check(KVM_CAP_SYNC_REGS) & (REGS | SREGS | EVENTS)
         page.c.id = id
+        page.c.coalesced = &self.coalesced.c
         self.routing.attach(page)
         vcpu = cls._make(self, page, id)
         self.vcpus.add(page)
@@ -354,6 +376,139 @@ cdef class VM:
         argument.level = 1 if level else 0
         self.handle.check()
         self.handle.call("KVM_IRQ_LINE", KVM_IRQ_LINE, &argument)
+
+    def irqfd(self, gsi, eventfd, *, resample=None):
+        """Have KVM raise interrupt line `gsi` when an eventfd is written, without a thread of ours: -> IrqFd.
+
+        Needs an in-kernel interrupt controller: create_irqchip(). An edge, once for each time that the counter becomes
+        nonzero; KVM reads it back to 0. With `resample`, another eventfd, it is a level: it stays raised until the guest
+        acknowledges it (EOI), whereupon KVM lowers it and adds to `resample`; write `eventfd` again if the device still
+        wants attention. gsi: 0..15 go to PIC and IOAPIC, up to 23 to the IOAPIC, others where KVM_SET_GSI_ROUTING says.
+
+        eventfd, resample: descriptors, or objects with fileno(); duplicated. Nobody else should read `eventfd`. Raises
+        ValueError for what is no eventfd or no line, KvmError where KVM refuses (EBUSY: the eventfd raises a line already).
+        A scripted VM has no interrupts: there nothing comes of it.
+        Source: Documentation/virt/kvm/api.rst, KVM_IRQFD.
+        """
+        self.handle.check()
+        gsi = index(gsi)
+        lines = self.check(KVM_CAP_IRQ_ROUTING) or 1 << 32
+        if not 0 <= gsi < lines:
+            raise ValueError(f"gsi {gsi} is not in 0..{lines - 1}")
+        return self.eventfds.irqfd(gsi, eventfd, resample)
+
+    # ---- what guests write to ----
+
+    def manual_dirty_protect(self, *, initially_set=False):
+        """Have slots keep what they have dirty until it is cleared: slot.dirty() only looks, and slot.clear_dirty() takes
+        back what was dealt with, piece by piece (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2). Then the slot is not write-protected as
+        a whole at once. initially_set: a slot that is added from now on is dirty as a whole at first.
+
+        Raises KvmError where KVM has it not.
+        """
+        wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | (KVM_DIRTY_LOG_INITIALLY_SET if initially_set else 0)
+        if self.check(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) & wanted != wanted:
+            raise KvmError(
+                errnos.EOPNOTSUPP, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", "it needs Linux 5.0, or 5.8 to be set at first")
+        self.enable(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, wanted)
+
+    def enable_dirty_ring(self, entries=4096):
+        """Have KVM note pages written to in a ring of each vCPU, in place of a bitmap of each slot: before the first vCPU.
+        memory.dirty() and slot.dirty() say the same as without. It costs by the pages written to, not by the slots' sizes.
+
+        entries: of each ring, 16 bytes an entry, a power of two. A vCPU whose ring is full exits with DirtyRingFull:
+        `vm.on(DirtyRingFull, handlers.collect_dirty)`. In a scripted VM it changes nothing. Raises ValueError for another
+        number of entries, Error in an adopted VM, KvmError where KVM refuses: there are vCPUs or rings already, or it has no
+        rings.
+        Source: Documentation/virt/kvm/api.rst, KVM_CAP_DIRTY_LOG_RING.
+        """
+        self.handle.check()
+        entries = index(entries)
+        if entries < PAGE // sizeof(kvm_dirty_gfn) or entries & (entries - 1):
+            raise ValueError(f"{entries} entries: a dirty ring has a power of two of them, 256 at least")
+        if self.adopted:
+            raise Error("the vCPUs of an adopted VM are its owner's, and so are their dirty rings: one harvester")
+        if self.handle.fd < 0:
+            return
+        cap = KVM_CAP_DIRTY_LOG_RING_ACQ_REL if self.check(KVM_CAP_DIRTY_LOG_RING_ACQ_REL) else KVM_CAP_DIRTY_LOG_RING
+        most = self.check(cap) // sizeof(kvm_dirty_gfn)
+        if not most:
+            raise KvmError(errnos.EOPNOTSUPP, "KVM_CAP_DIRTY_LOG_RING", "dirty rings need Linux 5.11 or later")
+        if entries > most:
+            raise ValueError(f"{entries} entries are more than KVM takes, {most}")
+        try:
+            self.enable(cap, entries * sizeof(kvm_dirty_gfn))
+        except KvmError as error:
+            error.hint = "call it once, before the first vCPU; 1024 entries at least where the processor logs pages itself"
+            raise
+        self.memory.dirty_log.use_rings(entries)
+
+    # ---- doorbells ----
+
+    def ioeventfd(self, address, size, eventfd, *, pio=False, match=None):
+        """Have KVM add one to an eventfd for each of the guest's writes to an address, in place of an exit: -> IoEventFd.
+
+        address: guest-physical, or with `pio` a port. It is the write's first byte; size: the write's bytes (1, 2, 4; MMIO
+        also 8), or 0 for any; match: only writes of this value. Other writes, and all reads, exit as ever. No vCPU's handler
+        sees the writes, nor is there an order between them and its exits: who waits on the eventfd learns of them when it
+        gets to run. Where a memslot covers the address, the guest writes to memory and nothing rings.
+
+        eventfd: a descriptor, or an object with fileno(); duplicated. Raises ValueError for what is no eventfd, for a size
+        or a value that no such write has; KvmError where KVM refuses (EEXIST: another ioeventfd has these writes). A
+        scripted VM has no kernel to do it: there such writes are exits.
+        Source: Documentation/virt/kvm/api.rst, KVM_IOEVENTFD.
+        """
+        self.handle.check()
+        size = index(size)
+        if size not in (0, 1, 2, 4, 8) or pio and size == 8:
+            raise ValueError(
+                f"size {size}: a write has 1, 2{' or 4' if pio else ', 4 or 8'} bytes; 0 stands for any")
+        address, _ = _span(address, size or 1, 0xffff if pio else UINT64_MAX, "port" if pio else "gpa")
+        if match is not None:
+            match = index(match)
+            if not size:
+                raise ValueError(f"match {match:#x} of any size: give the size of the write")
+            if not 0 <= match < 1 << 8 * size:
+                raise ValueError(f"match {match:#x} is not in 0..{(1 << 8 * size) - 1:#x}, what {size} bytes can be")
+        return self.eventfds.ioeventfd(address, size, eventfd, bool(pio), match)
+
+    # ---- posted writes ----
+
+    def coalesce_mmio(self, gpa, size, handler):
+        """Have KVM post the guest's writes to `size` bytes from `gpa`: the guest goes on at once, and a native handler is
+        called for each of them, in their order, when a vCPU next leaves KVM_RUN, before anything else is done about
+        that: -> CoalescedZone.
+
+        handler: a native handler (kvmexit.native), called as for a write's exit, on a vCPU's thread, not always the one
+        that wrote: `vcpu` is whose thread it is, and `run` is NULL. What it returns changes nothing: the guest has gone on.
+        The handler is also a route (on_mmio()): reads, writes that are not wholly inside, and writes that find the ring full
+        (169 are in it) are exits, and come to it after those that were posted before.
+
+        Raises TypeError for a handler in Python, ValueError for a range that is empty, wraps, is larger than 4 GiB or
+        overlaps another such zone, Error in an adopted VM (its owner drains the ring), KvmError where KVM refuses.
+        Source: Documentation/virt/kvm/api.rst, KVM_(UN)REGISTER_COALESCED_MMIO.
+        """
+        gpa, last = _span(gpa, size, UINT64_MAX, "gpa")
+        if last - gpa > 0xfffffffe:
+            raise ValueError(f"size {size:#x} is more than KVM takes, 0xffffffff: use several zones")
+        return self._coalesce(False, gpa, last, handler)
+
+    def coalesce_pio(self, port, count, handler):
+        """The same for `count` ports from `port`: see coalesce_mmio()."""
+        port, last = _span(port, count, 0xffff, "port")
+        return self._coalesce(True, port, last, handler)
+
+    def _coalesce(self, pio, first, last, handler):
+        self.handle.check()
+        if self.adopted:
+            raise Error("posted writes of an adopted VM are its owner's: one ring, one drainer. Use a route")
+        return self.coalesced.add(self, pio, first, last, handler)
+
+    def drain_coalesced(self):
+        """Handle the writes that are posted by now; -> how many. They are anyway when a vCPU leaves KVM_RUN: this is for
+        what a guest posted that has not left it since. Raises Error where the VM is closed."""
+        self.handle.check()
+        return self.coalesced.drain()
 
     # ---- routes ----
 
@@ -407,15 +562,48 @@ cdef class VM:
     def on_msr(self, first, count=1, handler=None):
         """Answer accesses to MSRs that KVM does not know or refuses: Rdmsr and Wrmsr exits.
 
-        Enables KVM_CAP_X86_USER_SPACE_MSR. An MSR that KVM handles itself comes only if a filter (KVM_X86_SET_MSR_FILTER)
-        denies it. See on().
+        Enables KVM_CAP_X86_USER_SPACE_MSR. An MSR that KVM handles itself comes only where filter_msrs() denies it.
+        See on().
         """
         first, last = _span(first, count, 0xffffffff, "MSR")
         if self.handle.fd >= 0:
             if not self.check(KVM_CAP_X86_USER_SPACE_MSR):
                 raise KvmError(errnos.EOPNOTSUPP, "KVM_CAP_X86_USER_SPACE_MSR", "MSR exits need Linux 5.10 or later")
-            self.enable(KVM_CAP_X86_USER_SPACE_MSR, 7)  # invalid, unknown, filtered
+            self._exit_on_msrs(
+                KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER)
         return self._route((KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR), first, last, handler)
+
+    def filter_msrs(self, ranges=(), *, default_allow=True):
+        """Say which MSRs the guest may access: what is denied is an Rdmsr or Wrmsr exit, `why` MsrExitReason.FILTER.
+
+        ranges: MsrRange or tuples like it: (first, nmsrs, read, write). `read` and `write`: True allows, False denies, None
+        says nothing of it; or bytes with a bit for each MSR, the lowest first, set where allowed. default_allow: what holds
+        for accesses that no range decides. Denied accesses that no handler takes (on_msr(), on(Rdmsr), on(Wrmsr)) are
+        returned by run(); answering `error` = 1 is the #GP that hardware would raise. What is allowed KVM handles as ever.
+
+        It replaces the filter there was, for all vCPUs; without arguments there is none any more. KVM never filters the
+        x2APIC's MSRs, 0x800 to 0x8ff, nor its own accesses. In a scripted VM it is checked and nothing more.
+
+        Raises ValueError for a range that is empty, longer than 0x3000 MSRs, overlaps another in what it decides, decides
+        nothing or cannot be filtered; for bytes of another length; for more than 16 ranges, those counting twice whose
+        `read` and `write` differ; and for denying all by default with no range, which KVM does not take. KvmError where KVM
+        refuses.
+        Source: Documentation/virt/kvm/api.rst, KVM_X86_SET_MSR_FILTER.
+        """
+        self.handle.check()
+        wanted = MsrFilter(ranges, default_allow)
+        with self.lock:
+            if self.handle.fd >= 0 and wanted.denies:
+                if not self.check(KVM_CAP_X86_MSR_FILTER):
+                    raise KvmError(errnos.EOPNOTSUPP, "KVM_X86_SET_MSR_FILTER", "MSR filters need Linux 5.10 or later")
+                self._exit_on_msrs(KVM_MSR_EXIT_REASON_FILTER)  # first: without it KVM answers with #GP
+            wanted.install(self.handle)
+
+    def _exit_on_msrs(self, reasons):
+        """Have such accesses exit, too: KVM forgets the reasons that are not said again."""
+        with self.lock:
+            self.enable(KVM_CAP_X86_USER_SPACE_MSR, self.msr_exits | reasons)
+            self.msr_exits |= reasons
 
     def _route(self, places, first, last, handler):
         if handler is None:
@@ -426,12 +614,15 @@ cdef class VM:
         handler = coerce(handler)
         if isinstance(handler, Native):
             (<Native>handler).check(self.memory)
+        return Route(self, handler, self._add_entries(places, first, last, handler))
+
+    def _add_entries(self, places, first, last, handler):
         with self.lock:
             self.handle.check()
             self.serial += 1
             entries = [Entry(handler, place, first, last, self.serial) for place in places]
             self._replace_routes(entries, ())
-            return Route(self, handler, entries)
+            return entries
 
     def _remove_entries(self, entries):
         with self.lock:

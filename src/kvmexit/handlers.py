@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
-    from kvmexit._exits import Exit, Hypercall, MemoryFault
+    from kvmexit._exits import DirtyRingFull, Exit, Hypercall, MemoryFault
     from kvmexit._loop import Vcpu
 
 from kvmexit._native import Function, foreign
 from kvmexit._routes import Native
 from kvmexit.errors import ConversionError
 
-__all__ = ["PASS", "STOP", "Handler", "Verdict", "coerce", "convert", "map_gpa_range"]
+__all__ = ["PASS", "STOP", "Handler", "Verdict", "coerce", "collect_dirty", "convert", "map_gpa_range"]
 
 _E = TypeVar("_E", bound="Exit")
 Handler: TypeAlias = Callable[["Vcpu", _E], object] | Native
@@ -77,6 +77,15 @@ def convert(vcpu: Vcpu, fault: MemoryFault) -> None:
     first = fault.gpa // _PAGE * _PAGE
     size = -(-(fault.gpa + fault.size - first) // _PAGE) * _PAGE
     vcpu.vm.memory.convert(first, size, private=fault.private)
+
+
+def collect_dirty(vcpu: Vcpu, full: DirtyRingFull) -> None:
+    """A handler for `on(DirtyRingFull)`: empty the dirty rings. What they say is kept for `vm.memory.dirty()`.
+
+    Raises KvmError where KVM refuses; the exit then stays pending. Source: Documentation/virt/kvm/api.rst,
+    KVM_CAP_DIRTY_LOG_RING.
+    """
+    vcpu.vm.memory.collect_dirty()
 
 
 def map_gpa_range(vcpu: Vcpu, hypercall: Hypercall) -> object:

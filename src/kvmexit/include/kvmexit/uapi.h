@@ -35,15 +35,25 @@
 
 /* on a VM */
 #define KVM_CREATE_VCPU KVMEXIT_IO(0x41)
+#define KVM_GET_DIRTY_LOG KVMEXIT_IOW(0x42, struct kvm_dirty_log)
 #define KVM_SET_USER_MEMORY_REGION KVMEXIT_IOW(0x46, struct kvm_userspace_memory_region)
 #define KVM_SET_TSS_ADDR KVMEXIT_IO(0x47)
 #define KVM_SET_IDENTITY_MAP_ADDR KVMEXIT_IOW(0x48, uint64_t)
 #define KVM_SET_USER_MEMORY_REGION2 KVMEXIT_IOW(0x49, struct kvm_userspace_memory_region2)
 #define KVM_CREATE_IRQCHIP KVMEXIT_IO(0x60)
 #define KVM_IRQ_LINE KVMEXIT_IOW(0x61, struct kvm_irq_level)
+#define KVM_REGISTER_COALESCED_MMIO KVMEXIT_IOW(0x67, struct kvm_coalesced_mmio_zone)
+#define KVM_UNREGISTER_COALESCED_MMIO KVMEXIT_IOW(0x68, struct kvm_coalesced_mmio_zone)
+#define KVM_IRQFD KVMEXIT_IOW(0x76, struct kvm_irqfd)
+#define KVM_IOEVENTFD KVMEXIT_IOW(0x79, struct kvm_ioeventfd)
 #define KVM_ENABLE_CAP KVMEXIT_IOW(0xa3, struct kvm_enable_cap)
+#define KVM_CLEAR_DIRTY_LOG KVMEXIT_IOWR(0xc0, struct kvm_clear_dirty_log)
+#define KVM_RESET_DIRTY_RINGS KVMEXIT_IO(0xc7)
 #define KVM_SET_MEMORY_ATTRIBUTES KVMEXIT_IOW(0xd2, struct kvm_memory_attributes)
 #define KVM_CREATE_GUEST_MEMFD KVMEXIT_IOWR(0xd4, struct kvm_create_guest_memfd)
+#if defined(__x86_64__)
+#define KVM_X86_SET_MSR_FILTER KVMEXIT_IOW(0xc6, struct kvm_msr_filter)
+#endif
 
 /* on a vCPU */
 #define KVM_RUN KVMEXIT_IO(0x80)
@@ -64,12 +74,23 @@
 
 #define KVM_CAP_SET_TSS_ADDR 4
 #define KVM_CAP_NR_MEMSLOTS 10
+#define KVM_CAP_COALESCED_MMIO 15
+#define KVM_CAP_IRQ_ROUTING 25
+#define KVM_CAP_IRQFD 32
+#define KVM_CAP_IOEVENTFD 36
 #define KVM_CAP_SET_IDENTITY_MAP_ADDR 37
 #define KVM_CAP_SYNC_REGS 74
 #define KVM_CAP_READONLY_MEM 81
+#define KVM_CAP_IRQFD_RESAMPLE 82
+#define KVM_CAP_IOEVENTFD_ANY_LENGTH 122
 #define KVM_CAP_IMMEDIATE_EXIT 136
+#define KVM_CAP_COALESCED_PIO 162
+#define KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 168
 #define KVM_CAP_X86_USER_SPACE_MSR 188
+#define KVM_CAP_X86_MSR_FILTER 189
+#define KVM_CAP_DIRTY_LOG_RING 192
 #define KVM_CAP_EXIT_HYPERCALL 201
+#define KVM_CAP_DIRTY_LOG_RING_ACQ_REL 223
 #define KVM_CAP_USER_MEMORY2 231
 #define KVM_CAP_MEMORY_FAULT_INFO 232
 #define KVM_CAP_MEMORY_ATTRIBUTES 233
@@ -91,6 +112,34 @@
 #define GUEST_MEMFD_FLAG_INIT_SHARED (1ull << 1)
 
 #define KVM_MEMORY_ATTRIBUTE_PRIVATE (1ull << 3)
+
+#define KVM_IOEVENTFD_FLAG_DATAMATCH (1u << 0)
+#define KVM_IOEVENTFD_FLAG_PIO (1u << 1)
+#define KVM_IOEVENTFD_FLAG_DEASSIGN (1u << 2)
+#define KVM_IRQFD_FLAG_DEASSIGN (1u << 0)
+#define KVM_IRQFD_FLAG_RESAMPLE (1u << 1)
+
+#define KVM_MSR_EXIT_REASON_INVAL (1u << 0)
+#define KVM_MSR_EXIT_REASON_UNKNOWN (1u << 1)
+#define KVM_MSR_EXIT_REASON_FILTER (1u << 2)
+#if defined(__x86_64__)
+#define KVM_MSR_FILTER_MAX_RANGES 16
+#define KVM_MSR_FILTER_MAX_BITMAP_SIZE 0x600
+#define KVM_MSR_FILTER_READ (1u << 0)
+#define KVM_MSR_FILTER_WRITE (1u << 1)
+#define KVM_MSR_FILTER_DEFAULT_ALLOW 0
+#define KVM_MSR_FILTER_DEFAULT_DENY (1u << 0)
+
+#define KVM_COALESCED_MMIO_PAGE_OFFSET 2 /* in pages, of a vCPU's mapping */
+#endif
+#define KVMEXIT_COALESCED_MMIO_MAX 170u /* KVM_COALESCED_MMIO_MAX, which needs the kernel's PAGE_SIZE */
+
+#define KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE (1u << 0)
+#define KVM_DIRTY_LOG_INITIALLY_SET (1u << 1)
+
+#define KVM_DIRTY_LOG_PAGE_OFFSET 64 /* in pages, of a vCPU's mapping */
+#define KVM_DIRTY_GFN_F_DIRTY (1u << 0)
+#define KVM_DIRTY_GFN_F_RESET (1u << 1)
 
 #define KVM_HC_MAP_GPA_RANGE 12
 
@@ -479,6 +528,56 @@ struct kvm_interrupt {
     uint32_t irq;
 };
 
+struct kvm_ioeventfd {
+    uint64_t datamatch, addr;
+    uint32_t len;
+    int32_t fd;
+    uint32_t flags;
+    uint8_t pad[36];
+};
+
+struct kvm_irqfd {
+    uint32_t fd, gsi, flags, resamplefd;
+    uint8_t pad[16];
+};
+
+struct kvm_coalesced_mmio_zone {
+    uint64_t addr;
+    uint32_t size;
+    union {
+        uint32_t pad, pio;
+    };
+};
+
+struct kvm_dirty_log {
+    uint32_t slot, padding1;
+    union {
+        void *dirty_bitmap;
+        uint64_t padding2;
+    };
+};
+
+struct kvm_clear_dirty_log {
+    uint32_t slot, num_pages;
+    uint64_t first_page;
+    union {
+        void *dirty_bitmap;
+        uint64_t padding2;
+    };
+};
+
+#if defined(__x86_64__)
+struct kvm_msr_filter_range {
+    uint32_t flags, nmsrs, base;
+    uint8_t *bitmap;
+};
+
+struct kvm_msr_filter {
+    uint32_t flags;
+    struct kvm_msr_filter_range ranges[KVM_MSR_FILTER_MAX_RANGES];
+};
+#endif
+
 struct kvm_signal_mask {
     uint32_t len;
     uint8_t sigset[];
@@ -491,6 +590,28 @@ struct kvm_cpuid_entry2 {
 struct kvm_cpuid2 {
     uint32_t nent, padding;
     struct kvm_cpuid_entry2 entries[];
+};
+
+/* ---- rings shared with KVM ---- */
+
+struct kvm_coalesced_mmio {
+    uint64_t phys_addr;
+    uint32_t len;
+    union {
+        uint32_t pad, pio;
+    };
+    uint8_t data[8];
+};
+
+/* One of a VM, in each of its vCPUs' mappings. */
+struct kvm_coalesced_mmio_ring {
+    uint32_t first, last;
+    struct kvm_coalesced_mmio coalesced_mmio[];
+};
+
+struct kvm_dirty_gfn {
+    uint32_t flags, slot;
+    uint64_t offset;
 };
 
 /* ---- what must hold wherever this is compiled; the figures are the kernel's, seen in its own headers ---- */
@@ -519,10 +640,19 @@ KVMEXIT_ASSERT(sizeof(struct kvm_userspace_memory_region2) == 160);
 KVMEXIT_ASSERT(sizeof(struct kvm_create_guest_memfd) == 64);
 KVMEXIT_ASSERT(sizeof(struct kvm_memory_attributes) == 32);
 KVMEXIT_ASSERT(sizeof(struct kvm_enable_cap) == 104);
+KVMEXIT_ASSERT(sizeof(struct kvm_ioeventfd) == 64);
+KVMEXIT_ASSERT(sizeof(struct kvm_irqfd) == 32);
+KVMEXIT_ASSERT(sizeof(struct kvm_coalesced_mmio_zone) == 16);
+KVMEXIT_ASSERT(sizeof(struct kvm_coalesced_mmio) == 24);
+KVMEXIT_ASSERT(offsetof(struct kvm_coalesced_mmio_ring, coalesced_mmio) == 8);
+KVMEXIT_ASSERT(sizeof(struct kvm_dirty_log) == 16);
+KVMEXIT_ASSERT(sizeof(struct kvm_clear_dirty_log) == 24);
+KVMEXIT_ASSERT(sizeof(struct kvm_dirty_gfn) == 16);
 #if defined(__x86_64__)
 KVMEXIT_ASSERT(sizeof(struct kvm_regs) == 144);
 KVMEXIT_ASSERT(sizeof(struct kvm_sregs) == 312);
 KVMEXIT_ASSERT(sizeof(struct kvm_vcpu_events) == 64);
+KVMEXIT_ASSERT(sizeof(struct kvm_msr_filter) == 392);
 KVMEXIT_ASSERT(offsetof(struct kvm_run, s.regs.sregs) == 448);
 KVMEXIT_ASSERT(offsetof(struct kvm_run, s.regs.events) == 760);
 #endif

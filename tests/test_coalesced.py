@@ -421,6 +421,35 @@ def test_what_a_handler_says_is_counted(scripted, handler, declined):
     assert (zone.posted, zone.declined, asked.writes) == (2, declined, 0)
 
 
+@pytest.mark.parametrize("full", ["stop", "drop", "wait"])
+def test_a_ring_of_ours_takes_what_kvm_has_posted(scripted, full):
+    """Beside the vCPU's own writes, in a place of its own. What finds no room is dropped: there is no exit to wait or return."""
+    own = native.Ring(4, vcpus=1, full=full)
+    scripted.coalesce_mmio(GPA, 8, own)
+    posted = [(GPA + i, bytes([i])) for i in range(6)]
+    vcpu = scripted.create_vcpu(0, [mmio_write(GPA, b"x"), after(ring(*posted))])
+    assert isinstance(vcpu.run(timeout=60), kvmexit.Hlt)
+    assert [(e.address, e.data, e.sequence) for e in own.drain()] == [(GPA, ord("x"), 0), *[(GPA + i, i, i) for i in range(4)]]
+    assert (own.pending, own.dropped, own.vcpus) == (0, 2, 1)
+
+
+def test_a_serial_port_that_nobody_reads_drops_what_kvm_has_posted(scripted):
+    """After a second, as it does for a vCPU that is wanted elsewhere."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    serial = native.Serial16550(writer)
+    scripted.coalesce_mmio(GPA, 8, serial)
+    vcpu = scripted.create_vcpu(0, [after(ring((GPA, b"a")))])
+    assert isinstance(vcpu.run(timeout=60), kvmexit.Hlt)
+    assert (serial.sent, serial.dropped) == (0, 1)
+    os.close(reader)
+    os.close(writer)
+
+
 def test_a_handler_that_returns_rubbish_is_counted_too(scripted, library):
     """An exit would stay pending, and run() raise; here the guest has gone on."""
     zone = scripted.coalesce_mmio(GPA, 8, native.Function(library.rubbish))

@@ -131,6 +131,7 @@ cdef class Ring(Native):
     `sequence`. "wait": the vCPU waits for a drain(). A kick, time-out or pause ends that: run() heeds it, and the next run()
     (resumed, this one) offers the exit again. A ring that is removed passes it on within some 100 ms. Of a string
     instruction all accesses go in, or none; where they are more than the ring has entries, "wait" does as "stop".
+    What KVM has posted (vm.coalesce_mmio()) is no exit, and has a place of its own, of so many entries: there it is "drop".
 
     eventfd: None, or one that is yours to read, to which one is added when a first entry comes; duplicated: see EventFd.
     Else the ring has its own.
@@ -203,7 +204,7 @@ cdef class Ring(Native):
 
     @property
     def dropped(self):
-        """Entries that found no room, with full="drop"."""
+        """Entries that found no room, with full="drop", or of vm.coalesce_mmio() and coalesce_pio()."""
         return kvmexit_ring_dropped(&self.ring)
 
     @property
@@ -214,7 +215,7 @@ cdef class Ring(Native):
     @property
     def vcpus(self):
         """How many can write."""
-        return self.ring.lane_count
+        return self.ring.lane_count - 1
 
     @property
     def full(self):

@@ -70,7 +70,7 @@ struct kvmexit_lane {
 } __attribute__((aligned(64)));
 
 struct kvmexit_ring {
-    struct kvmexit_lane *lanes;
+    struct kvmexit_lane *lanes;    /* of vCPUs, and the last one of posted writes (_coalesced.h) */
     struct kvmexit_entry *entries; /* of the first lane, the second, ... */
     uint64_t room;                 /* of a lane, in entries: a power of two */
     uint32_t lane_count;
@@ -79,6 +79,7 @@ struct kvmexit_ring {
     uint32_t bell;                 /* atomic */
     uint32_t next;                 /* the lane that is drained first; with the lock */
     pthread_mutex_t lock;          /* of who drains; nothing waits while it is held */
+    pthread_mutex_t posted;        /* of the last lane's producer: several VMs' drainers may be at it. A leaf, held for one entry */
 };
 
 /* ---- the eventfd ---- */
@@ -101,15 +102,16 @@ static inline void kvmexit_ring_call(struct kvmexit_ring *r)
 static inline struct kvmexit_lane *kvmexit_ring_lane(struct kvmexit_ring *r, const struct kvmexit_exit *exit)
 {
     const uint64_t me = (uint64_t)(uintptr_t)exit->run;
-    uint32_t at = exit->vcpu < r->lane_count ? exit->vcpu : exit->vcpu % r->lane_count, i;
-    for (i = 0; i < r->lane_count; i++) {
+    const uint32_t count = r->lane_count - 1;
+    uint32_t at = exit->vcpu < count ? exit->vcpu : exit->vcpu % count, i;
+    for (i = 0; i < count; i++) {
         struct kvmexit_lane *lane = &r->lanes[at];
         uint64_t owner = __atomic_load_n(&lane->owner, __ATOMIC_RELAXED);
         if (owner == me)
             return lane;
         if (owner == 0 && __atomic_compare_exchange_n(&lane->owner, &owner, me, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
             return lane;
-        at = at + 1 == r->lane_count ? 0 : at + 1;
+        at = at + 1 == count ? 0 : at + 1;
     }
     return NULL;
 }
@@ -199,6 +201,12 @@ static inline int kvmexit_ring_take_write(struct kvmexit_exit *exit, void *opaqu
     int verdict;
     if (!exit->is_write || exit->data == NULL || exit->size > sizeof(uint64_t))
         return KVMEXIT_PASS;
+    if (exit->run == NULL) { /* a posted write: no exit that could wait or be returned, so put() drops what finds no room */
+        pthread_mutex_lock(&r->posted);
+        kvmexit_ring_put(r, &r->lanes[r->lane_count - 1], exit, exit->address, (const uint8_t *)exit->data, exit->size, 1, 0);
+        pthread_mutex_unlock(&r->posted);
+        return KVMEXIT_DONE;
+    }
     verdict = kvmexit_ring_admit(r, exit, exit->count, &lane);
     if (verdict == KVMEXIT_DONE)
         kvmexit_ring_put(r, lane, exit, exit->address, (const uint8_t *)exit->data, exit->size, exit->count, 0);
@@ -284,9 +292,13 @@ static inline int kvmexit_ring_rest(struct kvmexit_ring *r)
 /* ---- coming and going ---- */
 
 /* -> 0 or an errno. `room` is a power of two. What it fails to make is left for kvmexit_ring_free(). */
-static inline int kvmexit_ring_init(struct kvmexit_ring *r, uint64_t room, uint32_t lanes, int full)
+static inline int kvmexit_ring_init(struct kvmexit_ring *r, uint64_t room, uint32_t vcpus, int full)
 {
+    const uint64_t lanes = (uint64_t)vcpus + 1;
     int error = pthread_mutex_init(&r->lock, NULL);
+    if (error)
+        return error;
+    error = pthread_mutex_init(&r->posted, NULL);
     if (error)
         return error;
     r->room = room;
@@ -297,7 +309,7 @@ static inline int kvmexit_ring_init(struct kvmexit_ring *r, uint64_t room, uint3
     r->entries = malloc(lanes * room * sizeof *r->entries); /* of a lane nobody uses no page is ever touched */
     if (r->entries == NULL)
         return ENOMEM;
-    r->lane_count = lanes;
+    r->lane_count = (uint32_t)lanes;
     return 0;
 }
 
@@ -305,6 +317,7 @@ static inline void kvmexit_ring_free(struct kvmexit_ring *r)
 {
     free(r->lanes);
     free(r->entries);
+    pthread_mutex_destroy(&r->posted);
     pthread_mutex_destroy(&r->lock);
 }
 

@@ -207,6 +207,7 @@ static inline int64_t kvmexit_serial_now_ms(void)
 /*
  * Wait for room, or for an error that write(2) will name. 0: whoever reads does not, and the vCPU is wanted elsewhere: kicks,
  * time-outs, pauses and the main thread's tick set immediate_exit, and end a poll(2) (never restarted, which a write(2) is).
+ * Of a posted write there is no `run`: others may be waiting for who drains it, so it counts as wanted.
  */
 static inline int kvmexit_serial_wait(const struct kvmexit_serial *s, const struct kvm_run *run)
 {
@@ -220,7 +221,7 @@ static inline int kvmexit_serial_wait(const struct kvmexit_serial *s, const stru
             return 1;
         if (begun == 0)
             begun = kvmexit_serial_now_ms();
-        if (__atomic_load_n(&run->immediate_exit, __ATOMIC_RELAXED)
+        if ((run == NULL || __atomic_load_n(&run->immediate_exit, __ATOMIC_RELAXED))
             && kvmexit_serial_now_ms() - begun >= KVMEXIT_SERIAL_PATIENCE_MS)
             return 0;
     }

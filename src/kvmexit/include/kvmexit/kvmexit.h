@@ -46,7 +46,7 @@ struct kvmexit_exit {
     uint32_t reserved;
     void *data;        /* NULL where there is none. Of a hypercall its result, of RDMSR the value */
     uint64_t flags;    /* of a memory fault: KVM_MEMORY_EXIT_FLAG_* */
-    struct kvm_run *run; /* NULL for a posted write (vm.coalesce_mmio): it is no exit */
+    struct kvm_run *run; /* NULL for a posted write (vm.coalesce_mmio): it is no exit, and all but KVMEXIT_DONE only counts */
 };
 
 /* What a handler returns. Anything else makes run() raise Error, with the exit pending. */

@@ -2,7 +2,7 @@
 
 import os
 
-from kvmexit import handlers, native, testing, x86
+from kvmexit import handlers, native, stats, testing, x86
 from kvmexit._convert import KvmAttributes, SlotRebind
 from kvmexit._exits import (
     ApResetHold,
@@ -65,6 +65,7 @@ from kvmexit._version import __version__
 from kvmexit._vm import VM, AdoptedSlot, VMType
 from kvmexit.errors import ConversionError, Error, FaultLoopError, KvmError, NotPendingError, VcpuBusyError
 from kvmexit.handlers import PASS, STOP
+from kvmexit.stats import Histogram, LastExit, Stats
 
 __all__ = [
     "KICK_SIGNAL",
@@ -92,6 +93,7 @@ __all__ = [
     "GuestException",
     "GuestMemfdFlags",
     "HardwareExit",
+    "Histogram",
     "Hlt",
     "Hypercall",
     "Hyperv",
@@ -103,6 +105,7 @@ __all__ = [
     "IrqWindowOpen",
     "KvmAttributes",
     "KvmError",
+    "LastExit",
     "LoongarchIocsr",
     "MapGpaRange",
     "Memory",
@@ -131,6 +134,7 @@ __all__ = [
     "SlotRebind",
     "SnpReqCerts",
     "Sregs",
+    "Stats",
     "SystemEvent",
     "Tdx",
     "TprAccess",
@@ -146,6 +150,7 @@ __all__ = [
     "get_include",
     "handlers",
     "native",
+    "stats",
     "testing",
     "x86",
 ]

@@ -12,6 +12,8 @@ cdef class VM:
     cdef readonly Memory memory
     cdef readonly object type
     cdef Vcpus vcpus
+    cdef list recorders         # of all vCPUs there ever were
+    cdef bint timing_
     cdef str device
     cdef size_t run_size        # of a vCPU's mapping
     cdef object cpuid           # struct kvm_cpuid2, what KVM supports; None where the device could not be asked

@@ -28,7 +28,8 @@
  * What became of an exit first. In the order of stats.OUTCOMES. As long as nobody says otherwise it is native handlers', so
  * that these cost nothing here; their number is what is left of all exits.
  */
-enum { KVMEXIT_NATIVE, KVMEXIT_PYTHON, KVMEXIT_CALLER, KVMEXIT_RACE, KVMEXIT_ERROR, KVMEXIT_OUTCOMES, KVMEXIT_PENDING };
+enum { KVMEXIT_NATIVE, KVMEXIT_PYTHON, KVMEXIT_CALLER, KVMEXIT_RACE, KVMEXIT_ERROR, KVMEXIT_OUTCOMES,
+    KVMEXIT_PENDING = KVMEXIT_OUTCOMES };
 #define KVMEXIT_ALL KVMEXIT_NATIVE /* the column of `counts` */
 
 /* Where time goes. In the order of stats.PHASES. */

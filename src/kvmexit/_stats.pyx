@@ -77,6 +77,9 @@ cdef class Recorder:
     def __dealloc__(self):
         free(self.c)
 
+    def __sizeof__(self):
+        return object.__sizeof__(self) + sizeof(kvmexit_stats)
+
     @property
     def timing(self):
         """Whether times are measured."""

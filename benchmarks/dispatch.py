@@ -139,11 +139,11 @@ def main():
         result["ns"][name] = s
         shown = ["{p50:.0f} p99 {p99:.0f} max {max:.0f}".format(**s[way]) for way in s]
         natively = s["native"]["p50"] - s["c"]["p50"]
-        timed = s["timed"]["p50"]
+        timed = s["timed"]["p50"] - s["native"]["p50"]
         above = s["kvmexit"]["p50"] - s["c"]["p50"]
         ratio = s["kvmexit"]["p50"] / s["c_calling"]["p50"]
         print(f"{name:<14}{shown[0]:>22}{shown[1]:>22}{natively:>7.0f}{shown[2]:>22}"
-              f"{timed - s['native']['p50']:>6.0f}{timed / s['native']['p50']:>7.2f}{shown[3]:>24}{shown[4]:>24}{above:>14.0f}"
+              f"{timed:>6.0f}{s['timed']['p50'] / s['native']['p50']:>7.2f}{shown[3]:>24}{shown[4]:>24}{above:>14.0f}"
               f"{ratio:>18.2f}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))

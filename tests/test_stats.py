@@ -8,9 +8,9 @@ import math
 import random
 import sys
 import sysconfig
-import threading
 import time
 import types
+from itertools import pairwise
 
 import pytest
 from guests import CODE, OUT_FOREVER, Typed, load, stress
@@ -20,7 +20,16 @@ from test_convert_threads import MEANWHILE, somebody_converts
 import kvmexit
 from kvmexit import PASS, STOP, Error, ExitReason, KvmError, LastExit, Stats, VMType, _stats, errors, native, stats
 from kvmexit.testing import (
-    RecordedAttributes, ScriptedVM, ScriptStep, hlt, hypercall, memory_fault, mmio_read, mmio_write, pio_in, pio_out,
+    RecordedAttributes,
+    ScriptedVM,
+    ScriptStep,
+    hlt,
+    hypercall,
+    memory_fault,
+    mmio_read,
+    mmio_write,
+    pio_in,
+    pio_out,
 )  # fmt: skip
 
 FOR_EVER = 1 << 60
@@ -338,7 +347,7 @@ def test_a_vms_switch_is_for_the_vcpus_there_are_and_those_to_come(scripted):
     assert not scripted.timing
     scripted.timing = True
     second = scripted.create_vcpu(1)
-    assert scripted.timing and first.timing and second.timing
+    assert (scripted.timing, first.timing, second.timing) == (True, True, True)
     first.timing = False
     assert second.timing
     scripted.timing = False
@@ -609,7 +618,7 @@ def test_readers_beside_running_vcpus(scripted):
             numbers = [e.address // PAGE for e in last]
             if [e for e in last if e.rip != e.address or e.size != 1 or e.reason is not ExitReason.MMIO]:
                 wrong.append(last)
-            if [b for a, b in zip(numbers, numbers[1:], strict=False) if b != (a + 1) % 256]:
+            if [b for a, b in pairwise(numbers) if b != (a + 1) % 256]:
                 wrong.append(numbers)
             now = vcpu.stats
             if not seen <= now.exits <= exits or set(now.counts) - {(kvmexit.Mmio, "native")}:

@@ -30,8 +30,8 @@ from kvmexit._registers cimport events_of, regs_of, sregs_of
 from kvmexit._routes cimport RouteTable, kvmexit_begin_native, kvmexit_end_native, kvmexit_find, kvmexit_key
 from kvmexit._stats cimport (
     KVMEXIT_CALLER, KVMEXIT_ERROR, KVMEXIT_IN_KVM, KVMEXIT_IN_NATIVE, KVMEXIT_NATIVE, KVMEXIT_PYTHON, KVMEXIT_RACE, Recorder,
-    kvmexit_enter_phase, kvmexit_enter_python, kvmexit_hand_over, kvmexit_leave_native, kvmexit_leave_python, kvmexit_no_rip, kvmexit_remember,
-    kvmexit_settle,
+    kvmexit_enter_phase, kvmexit_enter_python, kvmexit_hand_over, kvmexit_leave_native, kvmexit_leave_python, kvmexit_no_rip,
+    kvmexit_remember, kvmexit_settle,
 )
 from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
@@ -45,7 +45,7 @@ from kvmexit._ioctl import generic_ioctl
 from kvmexit._vm import VMType
 from kvmexit.errors import Error, FaultLoopError, KvmError, VcpuBusyError
 from kvmexit.handlers import PASS, STOP
-from kvmexit.stats import table
+from kvmexit.stats import as_text
 
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() nogil
@@ -87,7 +87,7 @@ cdef enum:
     KICK_SIGNAL_OFFSET = 5    # from SIGRTMIN: the C libraries take the first few
 
 KICK_SIGNAL = SIGRTMIN + KICK_SIGNAL_OFFSET
-HIDDEN = (VMType.SEV_ES, VMType.SNP, VMType.TDX)  # whose guests' registers KVM does not show
+_HIDDEN = (VMType.SEV_ES, VMType.SNP, VMType.TDX)  # whose guests' registers KVM does not show
 
 
 # ---- the burst: no GIL, no allocation, no Python ----
@@ -606,11 +606,11 @@ cdef class Vcpu:
         if isinstance(error, Error) and not error.last_exits:
             error.last_exits = tuple(self.last_exits)
         if errors.show_last_exits:
-            error.add_note(f"the last exits of vCPU {self.id}:\n{table(self.last_exits)}")
+            error.add_note(f"the last exits of vCPU {self.id}:\n{as_text(self.last_exits)}")
 
     def _rip(self):
         """Where the guest is, or None where it does not show."""
-        if self.vm.type in HIDDEN:
+        if self.vm.type in _HIDDEN:
             return None
         try:
             self.page.load(REGS)
@@ -735,7 +735,7 @@ cdef class Vcpu:
         self.page.synced = classes
         self.page.c.regs_synced = classes & REGS != 0
         self.page.c.run.kvm_valid_regs = classes
-        if classes & REGS and self.vm.type not in HIDDEN:
+        if classes & REGS and self.vm.type not in _HIDDEN:
             self.page.c.rip = &self.page.c.run.s.regs.regs.rip
         else:
             self.page.c.rip = &kvmexit_no_rip
@@ -849,8 +849,8 @@ cdef class Vcpu:
 
     @property
     def last_exits(self):
-        """The flight recorder: -> the last 64 exits, [LastExit], oldest first. Any thread may look, also while the vCPU runs;
-        those that are overwritten meanwhile are left out."""
+        """The flight recorder: -> the last 64 exits, [LastExit], oldest first. Any thread may look, also while the vCPU
+        runs; those that are overwritten meanwhile are left out."""
         return (<Recorder>self.page.recorder).last_exits()
 
     def __repr__(self):

@@ -13,8 +13,9 @@ from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR,
     KVM_EXIT_X86_WRMSR, KVM_MEMORY_EXIT_FLAG_PRIVATE, kvm_run,
 )
+from kvmexit import stats
 from kvmexit._exits import ExitReason
-from kvmexit.stats import OUTCOMES, PENDING, LastExit, Stats
+from kvmexit.stats import LastExit, Stats
 
 cdef extern from "_stats.h" nogil:
     int kvmexit_has_tsc()
@@ -32,7 +33,7 @@ cdef enum:
 
 TSC = bool(kvmexit_has_tsc())
 _REASONS = tuple(ExitReason)
-_OUTCOMES = (*OUTCOMES, PENDING)
+_OUTCOMES = (*stats.OUTCOMES, stats.PENDING)
 _compared = None    # the two clocks at one moment: (ticks, ns)
 _ns_per_tick = None
 
@@ -113,8 +114,11 @@ cdef class Recorder:
     def last_exits(self):
         """-> [LastExit], oldest first."""
         cdef kvmexit_record records[KVMEXIT_LAST]
-        cdef size_t i
-        return [_last_exit(&records[i]) for i in range(kvmexit_last(self.c, records))]
+        cdef size_t i, count = kvmexit_last(self.c, records)
+        exits = []
+        for i in range(count):
+            exits.append(_last_exit(&records[i]))
+        return exits
 
 
 cdef object _last_exit(const kvmexit_record *r):

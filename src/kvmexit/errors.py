@@ -26,9 +26,9 @@ class Error(Exception):
 
     def explain(self) -> str:
         """The message, and the last exits in a table below it."""
-        from kvmexit.stats import table
+        from kvmexit.stats import as_text
 
-        return f"{self}\n{table(self.last_exits)}" if self.last_exits else str(self)
+        return f"{self}\n{as_text(self.last_exits)}" if self.last_exits else str(self)
 
 
 class KvmError(Error, OSError):

@@ -1,10 +1,10 @@
-"""What `vcpu.stats`, `vm.stats` and `vcpu.last_exits` give: plain values, counted by _stats.h and copied by _stats.pyx."""
+"""What `vcpu.stats`, `vm.stats` and `vcpu.last_exits` give: values, counted by _stats.h and copied by _stats.pyx."""
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from kvmexit._exits import CLASSES, Exit, ExitReason
@@ -12,8 +12,8 @@ from kvmexit._exits import CLASSES, Exit, ExitReason
 __all__ = ["OUTCOMES", "PENDING", "PHASES", "Histogram", "LastExit", "Stats"]
 
 OUTCOMES = ("native", "python", "caller", "race", "error")
-"""What becomes of an exit: a native handler took it, a Python handler, the caller of run(); a memory fault that a conversion
-meanwhile explains was retried; or an exception came of it."""
+"""What becomes of an exit: a native handler took it, a Python handler, the caller of run(); a memory fault that a
+conversion meanwhile explains was retried; or an exception came of it."""
 
 PENDING = "pending"
 """The outcome of an exit that nothing has become of yet."""
@@ -21,8 +21,8 @@ PENDING = "pending"
 PHASES = ("kvm", "native", "gil", "python")
 """Where the time inside run() goes."""
 
-# The layout of a snapshot, as in _stats.h: for each kind of exit how many there were in all, and with each outcome but the
-# first; then for each phase a sum and its buckets.
+# The layout of a snapshot, as in _stats.h: for each kind of exit how many there were in all, and with each outcome but
+# the first; then for each phase a sum and its buckets.
 _SUB = 16  # buckets an octave
 _BUCKETS = 39 * _SUB
 _COUNTS = len(CLASSES) * len(OUTCOMES)
@@ -60,14 +60,15 @@ class LastExit(NamedTuple):
     outcome: str
 
 
-def table(exits: Iterable[LastExit]) -> str:
-    """Last exits as text, one a line, under a heading."""
-    rows = [("reason", "rip", "address", "size", "", "errno", "outcome")]
+def as_text(exits: Iterable[LastExit]) -> str:
+    """One a line, under a heading."""
+    rows: list[tuple[str, ...]] = [("reason", "rip", "address", "size", "", "errno", "outcome")]
     for e in exits:
-        name = "no reason" if e.reason is None else e.reason.name if isinstance(e.reason, ExitReason) else str(e.reason)
-        how = {None: "", False: "read", True: "write"}[e.is_write] + {None: "", False: "shared", True: "private"}[e.private]
+        reason = "no reason" if e.reason is None else getattr(e.reason, "name", str(e.reason))
+        how = {None: "", False: "read", True: "write"}[e.is_write]
+        how += {None: "", False: "shared", True: "private"}[e.private]
         where = ["" if number is None else f"{number:#x}" for number in (e.rip, e.address, e.size)]
-        rows.append((name, *where, how, str(e.errno or ""), e.outcome))
+        rows.append((reason, *where, how, str(e.errno or ""), e.outcome))
     return _columns(rows, "<>>><><")
 
 
@@ -102,7 +103,8 @@ class Histogram:
     @property
     def edges(self) -> memoryview[float]:
         """Where the buckets begin, in ns, and at last where the last one ends: 625 doubles (format "d")."""
-        return memoryview(array("d", [edge * self._ns_per_tick for edge in _EDGES])).toreadonly()
+        edges: memoryview[Any] = memoryview(array("d", [edge * self._ns_per_tick for edge in _EDGES]))
+        return edges.toreadonly()
 
     @property
     def total(self) -> float:
@@ -159,15 +161,15 @@ def _duration(ns: float) -> str:
 
 
 class Stats:
-    """What a vCPU, or several, did: a value, which no longer changes. `vcpu.stats`, `vm.stats`; `Stats()` is of nothing.
+    """What a vCPU, or several, did: a value. From `vcpu.stats` and `vm.stats`; `Stats()` is of nothing.
 
     Exits are always counted. Times are measured while `vcpu.timing` is on:
 
     kvm: one sample for each entry into KVM, also those that a kick or a signal ended.
     native: one for each time that native code alone re-entered: exits that native handlers took, races, retries.
     gil: one for each time that Python was needed: waiting to have the GIL again.
-    python: the rest of that way, from KVM's return to the next entry or run()'s: Python handlers, and native ones before
-    and after them.
+    python: the rest of that way, from KVM's return to the next entry or run()'s: Python handlers, and native ones
+    before and after them.
 
     So the four totals together are the time inside run(), but for its first moments, and pauses.
 
@@ -182,22 +184,19 @@ class Stats:
 
     @property
     def table(self) -> memoryview[int]:
-        """How many exits: row i is exit reason i, rows 44 and 45 are UnexplainedFault and UnknownExit; column j is OUTCOMES[j].
+        """How many exits. Row i is exit reason i, rows 44 and 45 UnexplainedFault and UnknownExit; columns as OUTCOMES.
 
         Read-only, 46 * 5, unsigned 64-bit (format "Q"), as NumPy takes it.
         """
-        words = array("Q", self._words[:_COUNTS])
-        for row in range(0, _COUNTS, len(OUTCOMES)):
-            # Native handlers' is what is left. A look at a running vCPU can see an outcome before the exit.
-            words[row] = max(words[row] - sum(words[row + 1 : row + len(OUTCOMES)]), 0)
-        return memoryview(words).toreadonly().cast("B").cast("Q", (len(CLASSES), len(OUTCOMES)))
+        words = memoryview(array("Q", (count for _, row in self._by_class() for count in row)))
+        return words.toreadonly().cast("B").cast("Q", (len(CLASSES), len(OUTCOMES)))
 
     @property
     def counts(self) -> dict[tuple[type[Exit], str], int]:
         """(class of exit, one of OUTCOMES) -> how many; without those of which there were none."""
         return {
             (cls, outcome): count
-            for cls, row in zip(CLASSES, self.table.tolist(), strict=True)
+            for cls, row in self._by_class()
             for outcome, count in zip(OUTCOMES, row, strict=True)
             if count
         }
@@ -277,12 +276,19 @@ class Stats:
     def _rows(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Two tables, headings first: counts, and times."""
         counts: list[tuple[str, ...]] = [("exits", *OUTCOMES)]
-        for cls, row in zip(CLASSES, self.table.tolist(), strict=True):
+        for cls, row in self._by_class():
             if any(row):
                 counts.append((cls.__name__, *(str(count or "") for count in row)))
         times: list[tuple[str, ...]] = [("time", *_FIGURES)]
         times += [(name, *_figures(self._time(i))) for i, name in enumerate(PHASES)]
         return counts, times
+
+    def _by_class(self) -> Iterator[tuple[type[Exit], list[int]]]:
+        """Each class of exits with its row."""
+        for i, cls in enumerate(CLASSES):
+            everything, *others = self._words[i * len(OUTCOMES) : (i + 1) * len(OUTCOMES)]
+            # What is left is native handlers'. A look at a running vCPU can see an outcome before the exit.
+            yield cls, [max(everything - sum(others), 0), *others]
 
     def _view(self, begin: int, end: int) -> memoryview[int]:
         return memoryview(self._words).toreadonly()[begin:end]

@@ -639,6 +639,17 @@ def test_readers_beside_running_vcpus(scripted):
     assert scripted.stats.counts == {(kvmexit.Mmio, "native"): 2 * exits}
 
 
+def test_no_torn_record_is_given_out(tmp_path_factory):
+    """Reader and writer in C, so that the one is nearly always in the middle of it when the scheduler stops it."""
+    recorder = ctypes.CDLL(str(compiled(tmp_path_factory, "flight_recorder")))
+    recorder.write_exits.argtypes = [ctypes.c_uint64]
+    recorder.read_exits.restype = ctypes.c_uint64
+    assert recorder.start()
+    thread = in_thread(lambda: recorder.write_exits(stress(50_000_000)))
+    assert recorder.read_exits() == 0
+    thread.join(30)
+
+
 def test_resets_beside_a_running_vcpu(scripted):
     """What was counted before each reset, and after the last, is at least nearly all there was, and never more."""
     exits = 256 * stress(400) * 5

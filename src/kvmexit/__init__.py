@@ -2,7 +2,7 @@
 
 import os
 
-from kvmexit import handlers, native, testing, x86
+from kvmexit import handlers, native, stats, testing, x86
 from kvmexit._coalesced import CoalescedZone
 from kvmexit._convert import KvmAttributes, SlotRebind
 from kvmexit._dirty import DirtyRange
@@ -69,6 +69,7 @@ from kvmexit._version import __version__
 from kvmexit._vm import VM, AdoptedSlot, VMType
 from kvmexit.errors import ConversionError, Error, FaultLoopError, KvmError, NotPendingError, VcpuBusyError
 from kvmexit.handlers import PASS, STOP
+from kvmexit.stats import Histogram, LastExit, Stats
 
 __all__ = [
     "KICK_SIGNAL",
@@ -98,6 +99,7 @@ __all__ = [
     "GuestException",
     "GuestMemfdFlags",
     "HardwareExit",
+    "Histogram",
     "Hlt",
     "Hypercall",
     "Hyperv",
@@ -111,6 +113,7 @@ __all__ = [
     "IrqWindowOpen",
     "KvmAttributes",
     "KvmError",
+    "LastExit",
     "LoongarchIocsr",
     "MapGpaRange",
     "Memory",
@@ -141,6 +144,7 @@ __all__ = [
     "SlotRebind",
     "SnpReqCerts",
     "Sregs",
+    "Stats",
     "SystemEvent",
     "Tdx",
     "TprAccess",
@@ -156,6 +160,7 @@ __all__ = [
     "get_include",
     "handlers",
     "native",
+    "stats",
     "testing",
     "x86",
 ]

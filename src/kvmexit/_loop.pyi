@@ -7,6 +7,7 @@ from kvmexit._exits import Exit
 from kvmexit._page import Page
 from kvmexit._registers import Events, Regs, Sregs
 from kvmexit._vm import VM
+from kvmexit.stats import LastExit, Stats
 
 KICK_SIGNAL: Final[int]
 
@@ -41,6 +42,12 @@ class Vcpu:
     fault_limit: int
     @property
     def retries(self) -> dict[str, int]: ...
+    @property
+    def stats(self) -> Stats: ...
+    def reset_stats(self) -> None: ...
+    timing: bool
+    @property
+    def last_exits(self) -> list[LastExit]: ...
 
 def kick_page(page: Page) -> None: ...
 def ask_to_pause(page: Page) -> None: ...

@@ -25,9 +25,14 @@ from kvmexit._exits cimport (
     PLACES, UNEXPLAINED, Exit, Interrupted, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make,
     make_interrupted,
 )
-from kvmexit._page cimport REGS, Page, kvmexit_vcpu
+from kvmexit._page cimport REGS, Page, kvmexit_stats, kvmexit_vcpu
 from kvmexit._registers cimport events_of, regs_of, sregs_of
 from kvmexit._routes cimport RouteTable, kvmexit_begin_native, kvmexit_end_native, kvmexit_find, kvmexit_key
+from kvmexit._stats cimport (
+    KVMEXIT_CALLER, KVMEXIT_ERROR, KVMEXIT_IN_KVM, KVMEXIT_IN_NATIVE, KVMEXIT_NATIVE, KVMEXIT_PYTHON, KVMEXIT_RACE, Recorder,
+    kvmexit_enter_phase, kvmexit_enter_python, kvmexit_hand_over, kvmexit_leave_native, kvmexit_leave_python, kvmexit_no_rip,
+    kvmexit_remember, kvmexit_settle,
+)
 from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
     KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GET_REGS, KVM_INTERRUPT, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_NMI, KVM_RUN,
@@ -35,10 +40,12 @@ from kvmexit._uapi cimport (
 )
 from kvmexit._vcpus cimport paused_by, stopped_one
 from kvmexit._vm cimport VM
+from kvmexit import errors
 from kvmexit._ioctl import generic_ioctl
 from kvmexit._vm import VMType
 from kvmexit.errors import Error, FaultLoopError, KvmError, VcpuBusyError
 from kvmexit.handlers import PASS, STOP
+from kvmexit.stats import as_text
 
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() nogil
@@ -83,6 +90,7 @@ cdef enum:
     KICK_SIGNAL_OFFSET = 5    # from SIGRTMIN: the C libraries take the first few
 
 KICK_SIGNAL = SIGRTMIN + KICK_SIGNAL_OFFSET
+_HIDDEN = (VMType.SEV_ES, VMType.SNP, VMType.TDX)  # whose guests' registers KVM does not show
 
 
 # ---- the burst: no GIL, no allocation, no Python ----
@@ -105,6 +113,7 @@ cdef Outcome triage(int error, uint32_t reason) noexcept nogil:
 cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
     """Enter KVM until something needs Python. `drain`: only let KVM complete what is pending, and come back."""
     cdef Outcome outcome
+    cdef kvmexit_stats *s = c.stats
     cdef int unwritten = 0, no_memory = 0  # in a row
     cdef uint32_t reason
     if drain:
@@ -114,34 +123,34 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
     note_generation(c)
     while True:
         c.run.exit_reason = KVMEXIT_REASON_SENTINEL
+        kvmexit_enter_phase(s, KVMEXIT_IN_KVM)
         c.error = -c.enter(c)
+        kvmexit_enter_phase(s, KVMEXIT_IN_NATIVE)
         c.entries += 1
         kvmexit_drain_coalesced(c)
         reason = c.reason
         c.reason = c.run.exit_reason
         outcome = triage(c.error, c.reason)
-        if outcome == EXIT:
-            c.completes = completes_on_entry(c.reason)
-            c.fault_count = 0
-            if c.reason == KVM_EXIT_IRQ_WINDOW_OPEN:
-                c.run.request_interrupt_window = 0
-            outcome = dispatch_natively(c, EXIT)
-            if outcome != AGAIN:
-                return outcome
-            note_generation(c)
-            unwritten = no_memory = 0
-            continue
-        if outcome == FAULT:
-            c.completes = False
-            if c.reason != KVM_EXIT_MEMORY_FAULT:
-                c.reason = KVMEXIT_REASON_SENTINEL  # a bare fault, whatever else the page says
-            if fault_repeats(c):
-                classify(c)
-                return LOOPING
-            if lost_race(c):
-                c.retried_race += 1
+        if outcome == EXIT or outcome == FAULT:
+            if outcome == EXIT:
+                c.completes = completes_on_entry(c.reason)
+                c.fault_count = 0
+                if c.reason == KVM_EXIT_IRQ_WINDOW_OPEN:
+                    c.run.request_interrupt_window = 0
             else:
-                outcome = dispatch_natively(c, FAULT)
+                c.completes = False
+                if c.reason != KVM_EXIT_MEMORY_FAULT:
+                    c.reason = KVMEXIT_REASON_SENTINEL  # a bare fault, whatever else the page says
+            classify(c)
+            kvmexit_remember(s, c)
+            if outcome == FAULT and fault_repeats(c):
+                return LOOPING
+            if outcome == FAULT and lost_race(c):
+                c.retried_race += 1
+                kvmexit_hand_over(s)
+                kvmexit_settle(s, KVMEXIT_RACE)
+            else:
+                outcome = dispatch_natively(c, outcome)
                 if outcome != AGAIN:
                     return outcome
             note_generation(c)
@@ -186,7 +195,6 @@ cdef Outcome dispatch_natively(kvmexit_vcpu *c, Outcome outcome) noexcept nogil:
     cdef kvmexit_exit exit
     cdef uint64_t key
     cdef int verdict
-    classify(c)
     key = kvmexit_key(c)
     c.answered = False
     c.table = kvmexit_begin_native(c)
@@ -342,19 +350,21 @@ cdef class Vcpu:
     @staticmethod
     def _make(VM vm, Page page, id):
         cdef Vcpu vcpu = Vcpu.__new__(Vcpu)
+        cdef Recorder recorder
         vcpu.vm = vm
         vcpu.page = page
         vcpu.c = &page.c
         vcpu.id = id
         vcpu.cache = [None] * PLACES
         vcpu.main_thread = threading.main_thread().ident
+        recorder = Recorder()
+        page.recorder, page.c.stats = recorder, recorder.c
         page.c.converter = vm.memory.converter
         page.c.software_protected = vm.type == VMType.SW_PROTECTED
         if page.c.enter == NULL:
             page.c.enter = kvmexit_enter_kvm
         page.c.fault_limit = DEFAULT_FAULT_LIMIT
-        if page.syncable & REGS:
-            vcpu.sync = REGS
+        vcpu.sync = page.syncable & REGS
         if kvmexit_install(KICK_SIGNAL) != 0:
             raise Error(f"signal {KICK_SIGNAL} (KICK_SIGNAL) cannot be handled in this process")
         return vcpu
@@ -377,6 +387,9 @@ cdef class Vcpu:
         try:
             outcome = self.park()  # P6: a pause before us: nothing is entered, and no handler called
             return self.until_taken(False) if outcome == AGAIN else self.interruption(outcome)
+        except BaseException as error:
+            self._tell(error)
+            raise
         finally:
             self.end()
 
@@ -389,6 +402,9 @@ cdef class Vcpu:
         self.begin(None)
         try:
             return self.until_taken(True)
+        except BaseException as error:
+            self._tell(error)
+            raise
         finally:
             self.end()
 
@@ -417,6 +433,7 @@ cdef class Vcpu:
         return 0
 
     cdef int end(self) except -1:
+        kvmexit_leave_python(self.c.stats)
         self.page.owner = 0  # P15: then who waits in pause() is told
         kvmexit_end(&self.page.c)
         if self.vm.routing.retired:
@@ -458,6 +475,7 @@ cdef class Vcpu:
                 if paused != own and paused_by(self.page.owner, self.page):
                     raise Error(
                         "run() inside a handler of a paused VM would wait for this thread's own pause(): resume() first")
+                kvmexit_leave_python(own.stats)
                 if not own.parked:  # else who waits in pause() knows
                     set_parked(own, True)
                     stopped_one()  # P12: after the store
@@ -503,13 +521,18 @@ cdef class Vcpu:
                 if outcome == KICKED or outcome == TIMED_OUT:
                     return self.interruption(outcome)
                 if outcome == STOPPED:
+                    kvmexit_settle(c.stats, KVMEXIT_CALLER)
                     return self.current()
                 if outcome != EXIT and outcome != FAULT:
                     self._fail(outcome)
             e = self.current()
             outcome = self.dispatch(e, drain)
+            if outcome == EXIT:
+                kvmexit_settle(c.stats, KVMEXIT_CALLER)
+                return e
             if outcome != AGAIN:
-                return e if outcome == EXIT else self.interruption(outcome)
+                return self.interruption(outcome)
+            kvmexit_settle(c.stats, KVMEXIT_PYTHON)
             e = None  # or the next exit of this class could not reuse it
 
     @cython.nonecheck(False)
@@ -525,6 +548,8 @@ cdef class Vcpu:
         c.seq += 1  # with the GIL held: from here on no other thread can answer the previous exit
         with nogil:
             outcome = burst(c, drain)
+            kvmexit_leave_native(c.stats)
+        kvmexit_enter_python(c.stats)
         self.page.valid = self.page.synced  # only what KVM copied on return is current
         if self.page.flushed:
             self.page.settle()
@@ -535,6 +560,8 @@ cdef class Vcpu:
             elif c.native == native:
                 c.seq -= 1
             return outcome
+        if outcome in (EXIT, FAULT, BROKEN, STOPPED, LOOPING):
+            kvmexit_hand_over(c.stats)
         if outcome == EXIT or outcome == FAULT or outcome == BROKEN:
             c.unsettled = True
             table = <RouteTable>c.table.owner
@@ -558,6 +585,7 @@ cdef class Vcpu:
             self.table, c.chain = None, NULL
             raise broken
         if outcome == LOOPING:
+            kvmexit_settle(c.stats, KVMEXIT_ERROR)
             c.fault_count = 0
             fault = self.current()
             raise FaultLoopError(
@@ -578,9 +606,18 @@ cdef class Vcpu:
             (<UnexplainedFault>e).rip_ = self._rip()
         return e
 
+    def _tell(self, error):
+        """An exception is about to leave run(): note it, and give it what came before it."""
+        if self.c.unsettled:
+            kvmexit_settle(self.c.stats, KVMEXIT_ERROR)
+        if isinstance(error, Error) and not error.last_exits:
+            error.last_exits = tuple(self.last_exits)
+        if errors.show_last_exits:
+            error.add_note(f"the last exits of vCPU {self.id}:\n{as_text(self.last_exits)}")
+
     def _rip(self):
         """Where the guest is, or None where it does not show."""
-        if self.vm.type in (VMType.SEV_ES, VMType.SNP, VMType.TDX):
+        if self.vm.type in _HIDDEN:
             return None
         try:
             self.page.load(REGS)
@@ -622,7 +659,10 @@ cdef class Vcpu:
                         continue
                     return outcome
                 c.unsettled = False
-                return AGAIN if native == KVMEXIT_DONE else EXIT
+                if native != KVMEXIT_DONE:
+                    return EXIT
+                kvmexit_settle(c.stats, KVMEXIT_NATIVE)
+                return AGAIN
             # Called directly: a reference less, and the stable ABI has no shorter way.
             arguments[1], arguments[2] = <PyObject *>self, <PyObject *>e
             verdict = PyObject_Vectorcall(<object>handler, arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
@@ -720,6 +760,10 @@ cdef class Vcpu:
         self.page.synced = classes
         self.page.c.regs_synced = classes & REGS != 0
         self.page.c.run.kvm_valid_regs = classes
+        if classes & REGS and self.vm.type not in _HIDDEN:
+            self.page.c.rip = &self.page.c.run.s.regs.regs.rip
+        else:
+            self.page.c.rip = &kvmexit_no_rip
 
     @property
     def cr8(self):
@@ -807,6 +851,33 @@ cdef class Vcpu:
         return {"unwritten": c.retried_unwritten, "eintr": c.retried_eintr, "eagain": c.retried_eagain,
                 "enomem": c.retried_enomem, "race": c.retried_race}
 
+    # ---- statistics: _stats.h ----
+
+    @property
+    def stats(self):
+        """What this vCPU did since it was made, or since reset_stats(): -> Stats. Any thread may look, also while it runs;
+        counts may then be a few exits apart."""
+        return (<Recorder>self.page.recorder).stats()
+
+    def reset_stats(self):
+        """Have `stats` begin anew. Any thread may, also while it runs."""
+        (<Recorder>self.page.recorder).reset()
+
+    @property
+    def timing(self):
+        """Whether times are measured for `stats`: False at first. Any thread may switch it, also while the vCPU runs."""
+        return (<Recorder>self.page.recorder).timing
+
+    @timing.setter
+    def timing(self, on):
+        (<Recorder>self.page.recorder).timing = on
+
+    @property
+    def last_exits(self):
+        """The flight recorder: -> the last 64 exits, [LastExit], oldest first. Any thread may look, also while the vCPU
+        runs; those that are overwritten meanwhile are left out."""
+        return (<Recorder>self.page.recorder).last_exits()
+
     def __repr__(self):
         return f"<Vcpu {self.id} of {self.vm!r}{', running' if self.running else ''}>"
 
@@ -881,9 +952,12 @@ def time_entries(Vcpu vcpu not None, size_t count):
                 c.reason = c.run.exit_reason
                 c.completes = completes_on_entry(c.reason)
                 classify(c)
+                kvmexit_remember(c.stats, c)
+                kvmexit_hand_over(c.stats)
                 if c.reason != reason or c.needs:
                     c.unsettled = True
                     break
+                kvmexit_settle(c.stats, KVMEXIT_CALLER)
                 time[n] = after - before
                 n += 1
         c.error = 0

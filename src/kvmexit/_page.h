@@ -11,6 +11,8 @@ struct kvmexit_vcpu {
     /* the seam: what "KVM_RUN" is; returns 0 or -errno */
     int (*enter)(struct kvmexit_vcpu *);
     struct kvm_run *run;
+    struct kvmexit_stats *stats; /* _stats.h */
+    const uint64_t *rip;         /* where KVM leaves the guest's on return, else kvmexit_no_rip */
 
     /* the exit in hand */
     uint64_t seq;    /* grows with every entry from Python: an Exit made under an older one can no longer be answered */

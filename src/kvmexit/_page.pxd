@@ -9,9 +9,13 @@ from kvmexit._uapi cimport kvm_regs, kvm_run
 cdef extern from "_page.h" nogil:
     struct kvmexit_coalesced:
         pass
+    struct kvmexit_stats:
+        pass
     struct kvmexit_vcpu:
         int (*enter)(kvmexit_vcpu *) noexcept nogil
         kvm_run *run
+        kvmexit_stats *stats
+        const uint64_t *rip
         size_t run_size
         void *script
         int fd
@@ -57,6 +61,7 @@ cdef class Page:
     cdef Handle handle                       # of the vCPU; c.fd is its descriptor
     cdef object __weakref__
     cdef object script                       # what c.script points into
+    cdef object recorder                     # what c.stats points into (_stats.pyx)
     cdef readonly unsigned long owner        # thread identity of the run() in progress, or 0
     cdef bint borrowed                       # adopted: the vCPU goes on after us, so leave its page as it was
     cdef uint64_t borrowed_valid_regs

@@ -16,6 +16,8 @@ cdef class VM:
     cdef Vcpus vcpus
     cdef EventFds eventfds
     cdef Coalesced coalesced
+    cdef list recorders         # of all vCPUs there ever were
+    cdef bint timing_
     cdef str device
     cdef size_t run_size        # of a vCPU's mapping
     cdef object cpuid           # struct kvm_cpuid2, what KVM supports; None where the device could not be asked

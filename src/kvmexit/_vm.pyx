@@ -39,12 +39,14 @@ from kvmexit._uapi cimport (
     kvm_dirty_gfn, kvm_enable_cap,
     kvm_irq_level,
 )
+from kvmexit._stats cimport Recorder
 from kvmexit._vcpus cimport Vcpus
 from kvmexit import _exits
 from kvmexit._ioctl import generic_ioctl
 from kvmexit._routes import Entry, Route
 from kvmexit.errors import Error, KvmError
 from kvmexit.handlers import coerce
+from kvmexit.stats import Stats
 
 cdef enum:
     PAGE = 4096
@@ -151,6 +153,7 @@ cdef class VM:
         self.vcpus = Vcpus(handle)
         self.eventfds = EventFds(handle)
         self.coalesced = Coalesced(handle, self.vcpus)
+        self.recorders = []
 
     def _set_up_memory(self, numbers, attributes):
         if attributes is None and self.check(KVM_CAP_MEMORY_ATTRIBUTES) & KVM_MEMORY_ATTRIBUTE_PRIVATE:
@@ -341,8 +344,31 @@ cdef class VM:
         page.c.coalesced = &self.coalesced.c
         self.routing.attach(page)
         vcpu = cls._make(self, page, id)
+        vcpu.timing = self.timing_
+        self.recorders.append(page.recorder)
         self.vcpus.add(page)
         return vcpu
+
+    @property
+    def stats(self):
+        """What all its vCPUs did, also those that are gone: -> Stats, the sum of theirs. Also of a closed VM."""
+        return sum([(<Recorder>recorder).stats() for recorder in self.recorders], Stats())
+
+    def reset_stats(self):
+        """Vcpu.reset_stats() of them all."""
+        for recorder in self.recorders:
+            (<Recorder>recorder).reset()
+
+    @property
+    def timing(self):
+        """Whether times are measured for `stats`. Setting it sets Vcpu.timing of the vCPUs there are, and those to come."""
+        return self.timing_
+
+    @timing.setter
+    def timing(self, on):
+        self.timing_ = on
+        for recorder in self.recorders:
+            (<Recorder>recorder).timing = on
 
     def pause(self):
         """Stop all vCPUs: on return each is outside KVM_RUN, with nothing pending that KVM could complete, and outside its

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import errno as errnos
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvmexit.stats import LastExit
 
 __all__ = ["ConversionError", "Error", "FaultLoopError", "KvmError", "NotPendingError", "VcpuBusyError"]
 
 
+show_last_exits = os.environ.get("KVMEXIT_LAST_EXITS") == "1"
+"""Whether an exception that leaves run() says in a note, which tracebacks show, what the vCPU's last exits were."""
+
+
 class Error(Exception):
-    """Base class of kvmexit's errors; raised itself for a closed VM, a forked child, an unfit machine."""
+    """Base class of kvmexit's errors; raised itself for a closed VM, a forked child, an unfit machine.
+
+    last_exits: of one that left run(), the vCPU's last 64 exits, oldest first; else empty.
+    """
+
+    last_exits: tuple[LastExit, ...] = ()
+
+    def explain(self) -> str:
+        """The message, and the last exits in a table below it."""
+        from kvmexit.stats import as_text
+
+        return f"{self}\n{as_text(self.last_exits)}" if self.last_exits else str(self)
 
 
 class KvmError(Error, OSError):

@@ -4,6 +4,7 @@ import os
 
 from kvmexit import handlers, native, testing, x86
 from kvmexit._convert import KvmAttributes, SlotRebind
+from kvmexit._embed import _C_API as _C_API
 from kvmexit._exits import (
     ApResetHold,
     ArmLdst64b,

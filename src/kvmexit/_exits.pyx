@@ -17,7 +17,7 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from kvmexit._page cimport Page, kvmexit_vcpu
+from kvmexit._page cimport Page, kvmexit_owner, kvmexit_vcpu
 from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNDBG, KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_INTR,
     KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_INTERNAL_ERROR_EMULATION,
@@ -180,7 +180,7 @@ cdef class Exit:
         memcpy(<uint8_t *>c.run + offset, data, size)
         if settles:
             c.answered = True
-            if not self.page.owner:
+            if not kvmexit_owner(c):
                 c.unsettled = False  # answered by hand after its handler raised
         return 0
 

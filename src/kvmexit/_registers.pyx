@@ -70,7 +70,7 @@ cdef class Register:
         page.check_mine()
         page.load(view.which)
         for i in range(self.size):
-            value[i] = page.value[at + i] if page.mask[at + i] else (<uint8_t *>&page.c.run.s.regs)[at + i]
+            value[i] = page.c.value[at + i] if page.c.mask[at + i] else (<uint8_t *>&page.c.run.s.regs)[at + i]
         return int.from_bytes(value[:self.size], "little")
 
     def __set__(self, instance, value):
@@ -82,9 +82,9 @@ cdef class Register:
             data = index(value).to_bytes(self.size, "little")
         except OverflowError:
             raise ValueError(f"{value:#x} does not fit an unsigned register of {8 * self.size} bits") from None
-        memcpy(page.value + view.start + self.offset, <const char *>data, self.size)
-        memset(page.mask + view.start + self.offset, 1, self.size)
-        page.written |= view.which
+        memcpy(page.c.value + view.start + self.offset, <const char *>data, self.size)
+        memset(page.c.mask + view.start + self.offset, 1, self.size)
+        page.c.written |= view.which
 
 
 @cython.final

@@ -14,7 +14,7 @@ from kvmexit._convert cimport (
 )
 from kvmexit._exits cimport UNKNOWN
 from kvmexit._loop cimport (
-    AGAIN, BROKEN, DRAINED, EXIT, FAILED, FAULT, KICKED, LOOK, LOOPING, NO_MEMORY, PAUSED, STOPPED, TIMED_OUT, UNWRITTEN,
+    AGAIN, BROKEN, DRAINED, EXIT, FAILED, FAULT, KICKED, LOOK, LOOPING, PAUSED, STOPPED, TIMED_OUT, UNWRITTEN,
     Outcome, Vcpu, ask_natively, begin_natively, describe, dispatch_natively, end_run, enter_natively, go_down, let_go,
     stand_still,
 )
@@ -100,8 +100,8 @@ cdef Outcome offer_again(kvmexit_vcpu *c) noexcept nogil:
 
 
 cdef Outcome finish(kvmexit_vcpu *c, Outcome outcome) noexcept nogil:
-    """An exit that no native handler took: whose it is, Python's (then it stays unsettled) or the caller's. Before that a handler that has not
-    finished is called until it has. AGAIN: it took the exit."""
+    """An exit that no native handler took: whose it is, Python's (then it stays unsettled) or the caller's. Before that a
+    handler that has not finished is called until it has. AGAIN: it took the exit."""
     while (outcome == EXIT or outcome == FAULT) and c.chain.call != NULL:
         if kvmexit_requests(c) & KVMEXIT_REQUEST_CLOSED:
             break
@@ -146,7 +146,7 @@ cdef const kvmexit_exit *shown(kvmexit_vcpu *c) noexcept nogil:
 
 # ---- beside it ----
 
-cdef int claim_pending(kvmexit_vcpu *c) noexcept nogil:
+cdef int claim_exit(kvmexit_vcpu *c) noexcept nogil:
     """Have the vCPU, and an exit that pends, until let_go(). -> 0, or a negative errno."""
     cdef int error = 0
     if c.forks[0] != c.born:
@@ -163,7 +163,7 @@ cdef int claim_pending(kvmexit_vcpu *c) noexcept nogil:
 
 
 cdef int pending(kvmexit_vcpu *c, const kvmexit_exit **exit) noexcept nogil:
-    cdef int error = claim_pending(c)
+    cdef int error = claim_exit(c)
     if exit != NULL:
         exit[0] = NULL
     if error:
@@ -176,7 +176,7 @@ cdef int pending(kvmexit_vcpu *c, const kvmexit_exit **exit) noexcept nogil:
 
 
 cdef int answer(kvmexit_vcpu *c) noexcept nogil:
-    cdef int error = claim_pending(c)
+    cdef int error = claim_exit(c)
     if error:
         return error
     if c.needs and c.place == UNKNOWN:

@@ -16,7 +16,7 @@ cdef extern from "_serial.h" nogil:
 
 
 cdef class Function(Native):
-    cdef readonly object function
+    cdef readonly object function, owner
     cdef Py_buffer buffer
     cdef bint exported
 

@@ -92,10 +92,10 @@ struct kvmexit_vcpu {
 };
 
 /*
- * Whose run it is. Python's run() claims with the GIL held, the C API's without: so what Python does in one section must not
- * rely on another thread not claiming meanwhile. It need not: a thread that wants everybody out (pause(), close()) sets a bit of
- * `request` first and looks at owners then, a runner claims first and looks at `request` then, so one of them sees the other.
- * All sequentially consistent.
+ * Whose run it is. Python's run() claims with the GIL held, the C API's without: so what Python does in one section must
+ * not rely on nobody claiming meanwhile. It need not: a thread that wants everybody out (pause(), close()) sets a bit of
+ * `request` first and looks at owners then, a runner claims first and looks at `request` then, so one of them sees the
+ * other. All sequentially consistent.
  */
 static inline int kvmexit_claim(struct kvmexit_vcpu *v, unsigned long me)
 {

@@ -1,9 +1,10 @@
 """The vCPUs of one VM: which there are, and stopping all of them (pause) for as long as somebody works on the VM.
 
 A vCPU stands still when its run() has returned, when run() has parked it (Vcpu.park), or when its handler itself waits in
-pause(). Everything in `Vcpus` changes with the GIL held, and so do owners and `parked` of Python's runs; those of the C API
-change without it (_page.h). What reaches a guest that runs is the PAUSE bit of its request word (_control.h). So a run() that
-began before the bit was set is seen here as an owner and waited for, and one that begins later sees the bit and parks first.
+pause(). Everything in `Vcpus` changes with the GIL held, and so do owners and `parked` of Python's runs; those of the C
+API change without it (_page.h). What reaches a guest that runs is the PAUSE bit of its request word (_control.h). So a run()
+that began before the bit was set is seen here as an owner and waited for, and one that begins later sees the bit and parks
+first.
 
 Two handlers that pause at the same time would wait for each other for ever. So a thread that waits in pause() counts as
 stopped, and a handler's pause takes effect only while nobody else's is.

@@ -17,8 +17,9 @@
  *         api->answer(v);
  *
  * A `struct kvmexit_vcpu *` is good for as long as its Vcpu exists: hold a reference to that, and let go of it with the GIL
- * when no call is under way. Closing the VM only makes the calls say -EBADF. The rules of Vcpu.run() hold here, too: an exit that owes an answer is
- * returned again until it has one, and vm.pause(), kick() and close() reach the thread; docs/embedding.md. C11 and C++11.
+ * when no call is under way. Closing the VM only makes the calls say -EBADF. The rules of Vcpu.run() hold here, too: an exit that
+ * owes an answer is returned again until it has one, and vm.pause(), kick() and close() reach the thread; docs/embedding.md.
+ * C11 and C++11.
  */
 #ifndef KVMEXIT_EMBED_H
 #define KVMEXIT_EMBED_H
@@ -59,11 +60,11 @@ struct kvmexit_api {
     struct kvmexit_vcpu *(*vcpu)(void *object);
 
     /*
-     * Run the guest; native handlers answer, as in Vcpu.run(). timeout_ns: KVMEXIT_FOREVER, or nanoseconds; 0 completes what is
-     * pending and comes back. `exit` (or NULL) becomes the exit, or NULL where there is none: valid until the next run().
-     * While the VM is paused it waits, for resume(), a kick, or the time-out.
-     * -EDEADLK: this thread is inside a run() already. -EAGAIN: no timer. Else the errno of KVM_RUN, or of KVM refusing registers
-     * that Python wrote. -EPROTO: KVM_RUN gave no exit reason, a thousand times in a row. What was pending still is.
+     * Run the guest; native handlers answer, as in Vcpu.run(). timeout_ns: KVMEXIT_FOREVER, or nanoseconds; 0 completes
+     * what is pending and comes back. `exit` (or NULL) becomes the exit, or NULL where there is none: valid until the next
+     * run(). While the VM is paused it waits, for resume(), a kick, or the time-out.
+     * -EDEADLK: this thread is inside a run() already. -EAGAIN: no timer. -EPROTO: KVM_RUN gave no exit reason, a thousand
+     * times in a row. Else the errno of KVM_RUN, or of KVM refusing registers that Python wrote. What was pending still is.
      */
     int (*run)(struct kvmexit_vcpu *vcpu, uint64_t timeout_ns, const struct kvmexit_exit **exit);
 
@@ -71,22 +72,22 @@ struct kvmexit_api {
     int (*exit)(struct kvmexit_vcpu *vcpu, const struct kvmexit_exit **exit);
 
     /*
-     * The exit that pends is answered: exit->data is written (or what it owes in exit->run), or it wanted nothing. Needed where
-     * exit->owes, and for KVMEXIT_RUN_PYTHON; an exit that wants nothing counts as accepted anyway.
+     * The exit that pends is answered: exit->data is written (or what it owes in exit->run), or it wanted nothing. Needed
+     * where exit->owes, and for KVMEXIT_RUN_PYTHON; an exit that wants nothing counts as accepted anyway.
      * -ENODATA: none pends. -EINVAL: it contradicts itself, and cannot be answered.
      */
     int (*answer)(struct kvmexit_vcpu *vcpu);
 
-    /* Vcpu.kick(): the run() in progress, or the next, says KVMEXIT_RUN_KICKED. -EAGAIN: noted, but the signal queue is full.
-     * Async-signal-safe. */
+    /* Vcpu.kick(): the run() in progress, or the next, says KVMEXIT_RUN_KICKED. -EAGAIN: noted, but the signal queue is
+     * full. Async-signal-safe. */
     int (*kick)(struct kvmexit_vcpu *vcpu);
 
     /*
-     * vm.memory.convert(gpa, size, private=to_private != 0), also from native handlers. `done` (or NULL): how many bytes from gpa on
-     * are as wanted now. Waits while others convert.
-     * -EINVAL: a range that is empty, unaligned or wraps. -ENXIO: no slot, or none with a guest_memfd, where it is to be private.
-     * -EPERM: add() was not told whether to discard. -EOPNOTSUPP: no private memory in this VM, or SlotRebind, which needs
-     * Python. Else the errno of KVM, or of the discard.
+     * vm.memory.convert(gpa, size, private=to_private != 0), also from native handlers. `done` (or NULL): how many bytes
+     * from gpa on are as wanted now. Waits while others convert.
+     * -EINVAL: a range that is empty, unaligned or wraps. -ENXIO: no slot, or none with a guest_memfd, where it is to be
+     * private. -EPERM: add() was not told whether to discard. -EOPNOTSUPP: no private memory in this VM, or SlotRebind, which
+     * needs Python. Else the errno of KVM, or of the discard.
      */
     int (*convert)(struct kvmexit_vcpu *vcpu, uint64_t gpa, uint64_t size, int to_private, uint64_t *done);
 };
@@ -97,7 +98,8 @@ static inline const struct kvmexit_api *kvmexit_import(void)
 {
     const struct kvmexit_api *api = (const struct kvmexit_api *)PyCapsule_Import(KVMEXIT_EMBED, 0);
     if (api && (api->version != KVMEXIT_EMBED_VERSION || api->size < sizeof *api)) {
-        PyErr_Format(PyExc_ImportError, "kvmexit's C API has version %u and %u bytes; this was compiled for version %u and %u bytes",
+        PyErr_Format(PyExc_ImportError,
+                     "kvmexit's C API has version %u and %u bytes; this was compiled for version %u and %u bytes",
                      (unsigned)api->version, (unsigned)api->size, KVMEXIT_EMBED_VERSION, (unsigned)sizeof *api);
         return NULL;
     }

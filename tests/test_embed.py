@@ -574,7 +574,8 @@ def test_close_under_runs_that_begin(request, begin, kind):
 
 
 def test_a_range_is_converted(scripted):
-    handle = api.vcpu(scripted.create_vcpu(0, []))
+    vcpu = scripted.create_vcpu(0, [])
+    handle = api.vcpu(vcpu)
     scripted.memory.add(0, 1 << 20, guest_memfd=True, discard=False)
     scripted.memory.add(1 << 20, 1 << 20)
     done = ctypes.c_uint64(99)
@@ -595,8 +596,8 @@ def test_a_conversion_that_fails_says_how_far_it_got():
     with ScriptedVM(attributes=RecordedAttributes({3: errno.ENOMEM})) as vm:
         vm.memory.add(0, 0x6000, guest_memfd=True, discard=False)
         vm.memory.convert(0x2000, 0x1000, private=True)
-        handle, done = api.vcpu(vm.create_vcpu(0, [])), ctypes.c_uint64()
-        assert api.convert(handle, 0, 0x6000, 1, ctypes.byref(done)) == -errno.ENOMEM
+        vcpu, done = vm.create_vcpu(0, []), ctypes.c_uint64()
+        assert api.convert(api.vcpu(vcpu), 0, 0x6000, 1, ctypes.byref(done)) == -errno.ENOMEM
         assert (done.value, vm.memory.ranges()) == (0x3000, [(0, 0x3000, True), (0x3000, 0x3000, False)])
 
 
@@ -605,8 +606,8 @@ def test_huge_ranges_go_by_the_chunk():
     recorded = RecordedAttributes()
     with ScriptedVM(attributes=recorded) as vm:
         vm.memory.add(0, 1 << 30, guest_memfd=True, discard=False)
-        done = ctypes.c_uint64()
-        assert api.convert(api.vcpu(vm.create_vcpu(0, [])), 0x1000, (1 << 30) - 0x2000, 1, ctypes.byref(done)) == 0
+        vcpu, done = vm.create_vcpu(0, []), ctypes.c_uint64()
+        assert api.convert(api.vcpu(vcpu), 0x1000, (1 << 30) - 0x2000, 1, ctypes.byref(done)) == 0
         assert done.value == (1 << 30) - 0x2000
         assert len(recorded.calls) == 16
         assert vm.memory.ranges()[1] == (0x1000, (1 << 30) - 0x2000, True)
@@ -614,14 +615,15 @@ def test_huge_ranges_go_by_the_chunk():
 
 def test_a_vm_that_cannot_convert():
     with ScriptedVM(attributes=kvmexit.SlotRebind()) as vm:
-        assert api.convert(api.vcpu(vm.create_vcpu(0, [])), 0, 4096, 1, None) == -errno.EOPNOTSUPP
+        vcpu = vm.create_vcpu(0, [])
+        assert api.convert(api.vcpu(vcpu), 0, 4096, 1, None) == -errno.EOPNOTSUPP
 
 
 @pytest.mark.kvm
 def test_private_memory_is_converted(private_vm):
     private_vm.memory.add(0, 1 << 20, guest_memfd=True)
-    handle = api.vcpu(private_vm.create_vcpu(0))
-    assert api.convert(handle, 0x3000, 0x5000, 1, None) == 0
+    vcpu = private_vm.create_vcpu(0)
+    assert api.convert(api.vcpu(vcpu), 0x3000, 0x5000, 1, None) == 0
     assert private_vm.memory.ranges()[1] == (0x3000, 0x5000, True)
 
 
@@ -696,13 +698,16 @@ def test_a_program_that_was_compiled_for_another_version_is_told(tmp_path, chang
 
 
 def test_runs_pauses_kicks_and_python_at_once(scripted, begin):
-    """Two threads of C's and one of Python's want two vCPUs, while others pause, kick, convert and look. Under a pause nothing moves."""
+    """Four threads of C's and one of Python's want two vCPUs, while others pause, kick, convert, write registers and look.
+    Under a pause nothing moves."""
     scripted.memory.add(0, 1 << 20, guest_memfd=True, discard=False)
     scripted.on_pio(1, 1, native.Ignore())
     steps = [pio_out(1, b"x")] * 20 + [pio_in(2), memory_fault(0x4000, private=True), ScriptStep(spin=True)]
     vcpus = [scripted.create_vcpu(i, steps, repeat=FOR_EVER, keep=False) for i in range(2)]
     jobs = [begin(vcpu, 2_000_000, drives=True, stop=1) for vcpu in vcpus for _ in range(2)]
-    over, mistakes = threading.Event(), []
+    often = scripted.create_vcpu(2, [hlt()], repeat=FOR_EVER, keep=False)  # begins and ends all the time
+    jobs.append(begin(often, 0, drives=True, stop=1))
+    over, mistakes, written = threading.Event(), [], [0]
 
     def runs():
         while not over.is_set():
@@ -722,7 +727,18 @@ def test_runs_pauses_kicks_and_python_at_once(scripted, begin):
                 if api.convert(api.vcpu(vcpus[0]), 0x8000, 0x4000, private, None):
                     mistakes.append("convert")
 
-    threads = [in_thread(runs), in_thread(converts)]
+    def writes():
+        while not over.is_set():
+            for i in range(256):
+                try:
+                    often.regs.rax = i * 0x0101_0101_0101_0101
+                    if often.regs.rax % 0x0101_0101_0101_0101:
+                        mistakes.append("half a register")
+                    written[0] += 1
+                except VcpuBusyError:
+                    pass
+
+    threads = [in_thread(runs), in_thread(converts), in_thread(writes)]
     try:
         for i in range(stress(300)):
             scripted.pause()
@@ -739,9 +755,10 @@ def test_runs_pauses_kicks_and_python_at_once(scripted, begin):
             thread.join(20)
         for job in jobs:
             job.stop = 2
-            vcpus[0].kick()
-            vcpus[1].kick()
+            for vcpu in (*vcpus, often):
+                vcpu.kick()
         said = [job.end() for job in jobs]
     assert mistakes == []
+    assert written[0] > 10
     assert sum(job.exits for job in jobs) > 10
     assert all(what in (KICKED, TIMED_OUT, -errno.EBUSY) for what in said)

@@ -27,7 +27,7 @@ from kvmexit._exits cimport (
 )
 from kvmexit._page cimport (
     KVMEXIT_REQUEST_CLOSED, KVMEXIT_REQUEST_KICK, KVMEXIT_REQUEST_PAUSE, REGS, Page, kvmexit_claim, kvmexit_disown,
-    kvmexit_owner, kvmexit_parked, kvmexit_requests, kvmexit_set_parked, kvmexit_vcpu, settle_registers,
+    kvmexit_owner, kvmexit_parked, kvmexit_requests, kvmexit_set_parked, kvmexit_set_seq, kvmexit_vcpu, settle_registers,
 )
 from kvmexit._registers cimport events_of, regs_of, sregs_of
 from kvmexit._routes cimport RouteTable, kvmexit_begin_native, kvmexit_end_native, kvmexit_find, kvmexit_key
@@ -337,7 +337,7 @@ cdef void after_burst(kvmexit_vcpu *c, Outcome outcome, uint64_t native) noexcep
         if not c.completes:
             c.needs = False
         elif c.native == native:
-            c.seq -= 1
+            kvmexit_set_seq(c, c.seq - 1)
     elif outcome == EXIT or outcome == FAULT or outcome == BROKEN:
         c.unsettled = True
     else:
@@ -392,7 +392,7 @@ cdef Outcome enter_natively(kvmexit_vcpu *c, bint drain) noexcept nogil:
     cdef uint64_t native = c.native
     cdef Outcome outcome
     c.chain = NULL
-    c.seq += 1  # no other thread can answer what is pending: it is our run
+    kvmexit_set_seq(c, c.seq + 1)  # no other thread can answer what is pending: it is our run
     outcome = burst(c, drain)
     after_burst(c, outcome, native)
     return outcome

@@ -113,6 +113,17 @@ static inline unsigned long kvmexit_owner(const struct kvmexit_vcpu *v)
     return __atomic_load_n(&v->owner, __ATOMIC_SEQ_CST);
 }
 
+/* `seq` is looked at by threads that do not run the vCPU, too. */
+static inline uint64_t kvmexit_seq(const struct kvmexit_vcpu *v)
+{
+    return __atomic_load_n(&v->seq, __ATOMIC_RELAXED);
+}
+
+static inline void kvmexit_set_seq(struct kvmexit_vcpu *v, uint64_t seq)
+{
+    __atomic_store_n(&v->seq, seq, __ATOMIC_RELAXED);
+}
+
 static inline void kvmexit_set_parked(struct kvmexit_vcpu *v, int parked)
 {
     __atomic_store_n(&v->parked, parked, __ATOMIC_SEQ_CST);

@@ -48,6 +48,8 @@ cdef extern from "_page.h" nogil:
     bint kvmexit_claim(kvmexit_vcpu *, unsigned long)
     void kvmexit_disown(kvmexit_vcpu *)
     unsigned long kvmexit_owner(const kvmexit_vcpu *)
+    uint64_t kvmexit_seq(const kvmexit_vcpu *)
+    void kvmexit_set_seq(kvmexit_vcpu *, uint64_t)
     void kvmexit_set_parked(kvmexit_vcpu *, bint)
     bint kvmexit_parked(const kvmexit_vcpu *)
     uint32_t kvmexit_requests(const kvmexit_vcpu *)
@@ -73,7 +75,7 @@ cdef class Page:
 
     cdef int check(self) except -1
     cdef int check_mine(self) except -1
-    cdef bint is_others(self) noexcept
+    cdef bint hold(self) except -1
     cdef int load(self, int which) except -1
     cdef int flush(self) except -1
     cdef void close(self) noexcept

@@ -138,33 +138,47 @@ cdef class Page:
     cdef int check_mine(self) except -1:
         """Raise where registers may not be touched: in a forked child, or while another thread runs the vCPU."""
         self.check()
-        if self.is_others():
+        cdef unsigned long owner = kvmexit_owner(&self.c)
+        if owner and owner != PyThread_get_thread_ident():
             raise busy()
         if self.handle.closed:
             raise Error("this vCPU's VM is closed")
         return 0
 
-    cdef bint is_others(self) noexcept:
-        """Whether another thread runs the vCPU."""
-        cdef unsigned long owner = kvmexit_owner(&self.c)
-        return owner != 0 and owner != PyThread_get_thread_ident()
+    cdef bint hold(self) except -1:
+        """Keep the C API from running the vCPU while we look at it or change it with the GIL held; VcpuBusyError where
+        another thread runs it. -> whether kvmexit_disown() has to follow: this thread is not in a run() of it. Nobody who waits in
+        pause() sees that, since it takes the GIL to look."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        if kvmexit_owner(&self.c) == me:
+            return False
+        if not kvmexit_claim(&self.c, me):
+            raise busy()
+        return True
 
     cdef int load(self, int which) except -1:
         """Make the page's copy of these register classes current."""
         cdef RegisterClass *k
         cdef int i
         cdef uint64_t entries = self.c.entries
+        cdef bint held, stale
         cdef kvm_sregs fetched  # the largest of them
         for i in range(3):
             k = &_classes[i]
             if k.bit & which & ~self.c.valid:
                 if self.c.fd >= 0:
                     self.handle.call(_NAMES[k.get], k.get, &fetched)
-                    # The GIL was released: had another thread run the vCPU meanwhile, these would be old registers.
-                    if self.c.entries != entries or self.is_others():
-                        raise busy()
-                    memcpy(<char *>&self.c.run.s.regs + k.offset, &fetched, k.size)
-                self.c.valid |= k.bit
+                held = self.hold()
+                # The GIL was released: had another thread run the vCPU meanwhile, these would be old registers.
+                stale = self.c.entries != entries
+                if not stale:
+                    if self.c.fd >= 0:
+                        memcpy(<char *>&self.c.run.s.regs + k.offset, &fetched, k.size)
+                    self.c.valid |= k.bit
+                if held:
+                    kvmexit_disown(&self.c)
+                if stale:
+                    raise busy()
         return 0
 
     cdef int flush(self) except -1:

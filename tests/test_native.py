@@ -393,8 +393,9 @@ def test_the_header_stands_alone(tmp_path, compiler):
     offsets = "".join(
         f'_Static_assert(offsetof(struct kvmexit_exit, {name}) == {getattr(Exit, name).offset}, "{name}");\n' for name, _ in Exit._fields_)
     source.write_text(
-        "#include <kvmexit/kvmexit.h>\n#include <stddef.h>\n" + offsets.replace("_Static_assert", "static_assert" if "++" in compiler else "_Static_assert")
-        + "int f(struct kvmexit_exit *e, void *o) { (void)e; (void)o; return KVMEXIT_DONE; }\nkvmexit_handler h = f;\n")
+        "#include <kvmexit/embed.h>\n#include <stddef.h>\n" + offsets.replace("_Static_assert", "static_assert" if "++" in compiler else "_Static_assert")
+        + "int f(struct kvmexit_exit *e, void *o) { (void)e; (void)o; return KVMEXIT_DONE; }\nkvmexit_handler h = f;\n"
+        + "int g(const struct kvmexit_api *api) { return api->run(api->vcpu(NULL), KVMEXIT_FOREVER, NULL) == KVMEXIT_RUN_EXIT; }\n")
     done = subprocess.run(
         [sys.executable, "-m", ziglang.__name__, *compiler.split(), "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-c", str(source),
          "-I", kvmexit.get_include(), "-o", str(tmp_path / "header.o")],

@@ -34,7 +34,11 @@ def test_each_ordering_in_the_code_names_its_line_in_the_models():
 BURST = {
     "_loop": [
         "triage", "burst", "interrupted", "outer_paused", "fault_repeats", "note_generation", "lost_race", "dispatch_natively", "call_natively",
-        "describe", "classify", "is_well_formed_io", "completes_on_entry"],
+        "describe", "classify", "is_well_formed_io", "completes_on_entry", "go_down", "after_burst", "claim", "let_go",
+        "begin_natively", "enter_natively", "stand_still", "end_run", "ask_natively"],
+    "_page": ["flush_registers", "settle_registers", "forget"],
+    "_vcpus": ["stopped_one"],
+    "_embed": ["run", "go_round", "offer_again", "finish", "told", "shown", "claim_exit", "pending", "answer", "kick", "convert", "convert_steps"],
     "_native": ["ignore", "fill", "stop", "count", "ring", "access_registers", "load_register", "store_register"],
     "_trace": ["enter_scripted"],
     "_native_convert": ["take", "repair", "plan", "follow", "part", "convert", "admit", "fail", "map_gpa_range", "reply"],
@@ -42,9 +46,10 @@ BURST = {
         "has_state", "find", "position", "examine_fault", "examine", "refuse", "convert_chunk", "change", "end_of_run", "change_run",
         "discard", "set_attributes"],
 }
-CONCURRENT = ["_control.h", "_loop.pyx", "_ring.h", "_routes.h", "_routes.pyx", "_vcpus.pyx"]
+CONCURRENT = ["_control.h", "_embed.pyx", "_loop.pyx", "_ring.h", "_routes.h", "_routes.pyx", "_vcpus.pyx"]
 PYTHON = re.compile(r"\b(_?Py[A-Z_]\w*|__Pyx_\w+)\s*\(")
-HARMLESS = {"__Pyx_RefNannySetupContext", "__Pyx_RefNannyFinishContext", "__Pyx_pretend_to_initialize"}  # empty macros
+HARMLESS = {"__Pyx_RefNannySetupContext", "__Pyx_RefNannyFinishContext", "__Pyx_pretend_to_initialize",  # empty macros
+            "PyThread_get_thread_ident"}  # pthread_self(), which needs no thread state
 
 
 def python_operations(c_code, function):

@@ -2,7 +2,8 @@
  * pause(), resume() and parking. `atomic` is one section under the lock (the GIL); between two anybody may get it.
  * That a bit set in request ends KVM_RUN, before the guest and in it, is kick.pml's result: it holds for PAUSE as for KICK.
  * Threads 0 and 1 run a vCPU each, and its handlers may pause. One of vCPU 0 may run vCPU 2, inside its own run(). Thread 2
- * runs none. pause()'s own signal to a vCPU that is parked already would only wake it for nothing. -DBREAK_P1 breaks P1, and so on.
+ * runs none. vCPU 1 may be run by the C API instead, which has no lock: each of its looks and stores is a step of its own, and
+ * its handlers do not pause. pause()'s own signal to a vCPU that is parked already would only wake it for nothing. -DBREAK_P1 breaks P1, and so on.
  */
 #define KICK 1
 #define PAUSE 2
@@ -149,6 +150,49 @@ inline park(v)
     od
 }
 
+inline stand_still(v) /* park() of a run without the lock, in nobody's handler */
+{
+    do
+    :: seen = request[v]; /* P10 */
+        if
+        :: seen & KICK ->
+            request[v] = request[v] & PAUSE;
+            kicked = 1;
+#ifndef BREAK_P11
+            parked[v] = 0;
+#endif
+            seen = 0;
+            break
+        :: seen == PAUSE ->
+            if
+            :: !parked[v] -> parked[v] = 1;
+#ifndef BREAK_P12
+                notify()
+#endif
+            :: parked[v]
+            fi;
+#ifdef BREAK_P13
+            asleep[v] = 1;
+#else
+            atomic { if :: request[v] == seen -> asleep[v] = 1 :: else fi };
+#endif
+            !asleep[v];
+#ifdef BREAK_P10
+            parked[v] = 0;
+            break
+#endif
+        :: seen == 0 ->
+            if
+            :: !parked[v] -> break
+            :: parked[v] -> parked[v] = 0; /* P19: and then request is looked at again */
+#ifdef BREAK_P19
+                break
+#endif
+            fi
+        fi
+    od
+}
+
 inline begin(v)
 {
 #ifdef BREAK_P5
@@ -160,7 +204,9 @@ inline begin(v)
 #endif
     if
 #ifndef BREAK_P6
-    :: seen & PAUSE -> park(v) /* P6: before the first entry: it would complete an access, even with immediate_exit */
+    /* P6: before the first entry: it would complete an access, even with immediate_exit */
+    :: (seen & PAUSE) && !native -> park(v)
+    :: (seen & PAUSE) && native -> stand_still(v)
 #endif
     :: else
     fi
@@ -175,7 +221,8 @@ inline burst(v)
         seen = request[v];
         if
         :: atomic { seen & KICK -> request[v] = request[v] & PAUSE; kicked = 1; seen = 0 }
-        :: seen == PAUSE -> park(v)
+        :: seen == PAUSE && !native -> park(v)
+        :: seen == PAUSE && native -> stand_still(v)
         :: seen == 0
         fi
     fi
@@ -183,20 +230,28 @@ inline burst(v)
 
 inline finish(v)
 {
-    atomic {
+    if
+    :: !native -> atomic {
         busy[v] = 0;
         owner[v] = 0;
 #ifndef BREAK_P15
         notify() /* P15 */
 #endif
     }
+    :: native ->
+        atomic { busy[v] = 0; owner[v] = 0 };
+#ifndef BREAK_P15
+        if :: request[v] & PAUSE -> notify() :: else fi
+#endif
+    fi
 }
 
 #define me _pid
 active [2] proctype vcpu()
 {
     byte seen;
-    bit kicked, exited;
+    bit kicked, exited, native;
+    if :: native = 0 :: me == 1 -> native = 1; left[1] = 0 fi;
 #ifdef BREAK_P14
     made[me] = 1;
 #else

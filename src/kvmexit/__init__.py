@@ -6,6 +6,7 @@ from kvmexit import handlers, native, stats, testing, x86
 from kvmexit._coalesced import CoalescedZone
 from kvmexit._convert import KvmAttributes, SlotRebind
 from kvmexit._dirty import DirtyRange
+from kvmexit._embed import _C_API as _C_API
 from kvmexit._eventfd import IoEventFd, IrqFd
 from kvmexit._exits import (
     ApResetHold,

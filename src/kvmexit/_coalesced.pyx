@@ -14,7 +14,7 @@ from kvmexit._convert cimport (
     kvmexit_lock_for, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_unlock,
 )
 from kvmexit._ioctl cimport Handle
-from kvmexit._page cimport Page, kvmexit_vcpu
+from kvmexit._page cimport Page, kvmexit_owner, kvmexit_vcpu
 from kvmexit._routes cimport Native
 from kvmexit._uapi cimport (
     KVM_CAP_COALESCED_MMIO, KVM_CAP_COALESCED_PIO, KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_EXIT_IO, KVM_EXIT_MMIO,
@@ -128,7 +128,7 @@ cdef class Coalesced:
         try:
             for page in self.vcpus.pages():  # they all show the same ring, but a scripted VM's
                 page.check()
-                if page.c.fd < 0 and page.owner:
+                if page.c.fd < 0 and kvmexit_owner(&page.c):
                     continue  # its script, which is no kernel, is writing there
                 c = &page.c
                 held = False

@@ -37,8 +37,6 @@
 #define sigev_notify_thread_id _sigev_un._tid
 #endif
 
-#define KVMEXIT_REQUEST_KICK 1u
-#define KVMEXIT_REQUEST_PAUSE 2u /* stays until the VM is resumed */
 #define KVMEXIT_TICK_NS 100000000ull /* how long a Ctrl-C can stay unnoticed on the main thread */
 #define KVMEXIT_NEVER UINT64_MAX
 
@@ -193,6 +191,12 @@ static void kvmexit_end(struct kvmexit_vcpu *v)
     v->outer = NULL;
 }
 
+/* Whether this thread is in a run() already. */
+static inline int kvmexit_nested(const struct kvmexit_vcpu *v)
+{
+    return kvmexit_this.pid == v->pid && kvmexit_this.current != NULL;
+}
+
 /* timeout_ns: KVMEXIT_NEVER for none. On failure -1 with errno, and nothing is changed. */
 static int kvmexit_begin(struct kvmexit_vcpu *v, uint64_t timeout_ns, int main_thread)
 {
@@ -253,11 +257,6 @@ static inline void kvmexit_release(struct kvmexit_vcpu *v)
 {
     __atomic_fetch_and(&v->request, ~KVMEXIT_REQUEST_PAUSE, __ATOMIC_SEQ_CST); /* P8: before the wake */
     syscall(SYS_futex, &v->request, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
-}
-
-static inline uint32_t kvmexit_requests(const struct kvmexit_vcpu *v)
-{
-    return __atomic_load_n(&v->request, __ATOMIC_SEQ_CST);
 }
 
 /*

@@ -17,7 +17,7 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from kvmexit._page cimport Page, kvmexit_vcpu
+from kvmexit._page cimport Page, kvmexit_disown, kvmexit_seq, kvmexit_vcpu
 from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNDBG, KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_INTR,
     KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_INTERNAL_ERROR_EMULATION,
@@ -167,21 +167,29 @@ cdef class Exit:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     cdef bint is_current(self) noexcept:
-        return self.page is not None and self.seq == self.page.c.seq
+        return self.page is not None and self.seq == kvmexit_seq(&self.page.c)
 
     cdef int write(self, size_t offset, const void *data, size_t size, bint settles) except -1:
         """Write to kvm_run, `offset` bytes from its start. settles: this is the answer that KVM waits for."""
         cdef kvmexit_vcpu *c
-        if not self.is_current():
+        cdef bint held = False, current = self.is_current()
+        if current:
+            self.page.check_mine()
+            c = &self.page.c
+            held = self.page.hold()
+            current = self.is_current()
+            if current:
+                # SAFETY: callers give offsets inside the union, or the PIO area that is_well_formed_io() checked against
+                # run_size.
+                memcpy(<uint8_t *>c.run + offset, data, size)
+                if settles:
+                    c.answered = True
+                    if held:
+                        c.unsettled = False  # answered by hand after its handler raised
+            if held:
+                kvmexit_disown(c)
+        if not current:
             raise NotPendingError(f"{self!r} is no longer pending: the vCPU has been re-entered since")
-        self.page.check_mine()
-        c = &self.page.c
-        # SAFETY: callers give offsets inside the union, or the PIO area that is_well_formed_io() checked against run_size.
-        memcpy(<uint8_t *>c.run + offset, data, size)
-        if settles:
-            c.answered = True
-            if not self.page.owner:
-                c.unsettled = False  # answered by hand after its handler raised
         return 0
 
 

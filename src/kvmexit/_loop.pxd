@@ -1,6 +1,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmexit._chain cimport kvmexit_route
+from kvmexit._chain cimport kvmexit_exit, kvmexit_route
 from kvmexit._exits cimport Exit
 from kvmexit._page cimport Page, kvmexit_vcpu
 from kvmexit._routes cimport RouteTable
@@ -50,3 +50,13 @@ cdef class Vcpu:
 
 
 cdef Outcome triage(int error, uint32_t reason) noexcept nogil
+cdef Outcome interrupted(kvmexit_vcpu *c, bint drain) noexcept nogil
+cdef Outcome dispatch_natively(kvmexit_vcpu *c, Outcome outcome) noexcept nogil
+cdef Outcome go_down(kvmexit_vcpu *c, Outcome outcome, uint64_t key) noexcept nogil
+cdef void describe(kvmexit_vcpu *c, kvmexit_exit *exit, uint64_t key) noexcept nogil
+cdef int begin_natively(kvmexit_vcpu *c, uint64_t timeout_ns) noexcept nogil
+cdef Outcome enter_natively(kvmexit_vcpu *c, bint drain) noexcept nogil
+cdef Outcome stand_still(kvmexit_vcpu *c) noexcept nogil
+cdef void let_go(kvmexit_vcpu *c) noexcept nogil
+cdef void end_run(kvmexit_vcpu *c) noexcept nogil
+cdef int ask_natively(kvmexit_vcpu *c, uint32_t request) noexcept nogil

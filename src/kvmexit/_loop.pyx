@@ -13,7 +13,7 @@ from array import array
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOMEM, errno
+from libc.errno cimport EAGAIN, EBADF, EBUSY, ECHILD, EFAULT, EINTR, ENOMEM, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
@@ -25,7 +25,11 @@ from kvmexit._exits cimport (
     PLACES, UNEXPLAINED, Exit, Interrupted, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make,
     make_interrupted,
 )
-from kvmexit._page cimport REGS, Page, kvmexit_stats, kvmexit_vcpu
+from kvmexit._page cimport (
+    KVMEXIT_REQUEST_CLOSED, KVMEXIT_REQUEST_KICK, KVMEXIT_REQUEST_PAUSE, REGS, Page, kvmexit_claim, kvmexit_disown,
+    kvmexit_owner, kvmexit_parked, kvmexit_requests, kvmexit_set_parked, kvmexit_set_seq, kvmexit_stats, kvmexit_vcpu,
+    settle_registers,
+)
 from kvmexit._registers cimport events_of, regs_of, sregs_of
 from kvmexit._routes cimport RouteTable, kvmexit_begin_native, kvmexit_end_native, kvmexit_find, kvmexit_key
 from kvmexit._stats cimport (
@@ -53,7 +57,7 @@ cdef extern from "Python.h":
     const size_t PY_VECTORCALL_ARGUMENTS_OFFSET
 
 cdef extern from "<errno.h>" nogil:
-    const int EHWPOISON
+    const int EDEADLK, EHWPOISON
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, ...)
@@ -65,15 +69,14 @@ cdef extern from "<signal.h>" nogil:
     const int SIGRTMIN
 
 cdef extern from "_control.h" nogil:
-    const uint32_t KVMEXIT_REQUEST_KICK, KVMEXIT_REQUEST_PAUSE
     const uint64_t KVMEXIT_NEVER
     int kvmexit_install(int)
+    bint kvmexit_nested(const kvmexit_vcpu *)
     int kvmexit_begin(kvmexit_vcpu *, uint64_t, int)
     void kvmexit_end(kvmexit_vcpu *)
     int kvmexit_watch(kvmexit_vcpu *)
     int kvmexit_ask(kvmexit_vcpu *, uint32_t)
     void kvmexit_release(kvmexit_vcpu *)
-    uint32_t kvmexit_requests(const kvmexit_vcpu *)
     void kvmexit_wait(kvmexit_vcpu *, uint32_t, const kvmexit_vcpu *)
     void kvmexit_renew(kvmexit_vcpu *)
     void kvmexit_set_immediate_exit(kvmexit_vcpu *)
@@ -192,15 +195,18 @@ cdef void note_generation(kvmexit_vcpu *c) noexcept nogil:
 cdef Outcome dispatch_natively(kvmexit_vcpu *c, Outcome outcome) noexcept nogil:
     """Offer the exit in hand to the native handlers that come before Python's. AGAIN: one took it; STOPPED, BROKEN, or
     `outcome`, where it is Python's or nobody's. Unless it is AGAIN, the table stays in use until enter() holds it."""
-    cdef kvmexit_exit exit
     cdef uint64_t key
-    cdef int verdict
     key = kvmexit_key(c)
     c.answered = False
     c.table = kvmexit_begin_native(c)
     c.chain = kvmexit_find(c, c.table, key)
-    if c.chain.call == NULL:
-        return outcome
+    return outcome if c.chain.call == NULL else go_down(c, outcome, key)
+
+
+cdef Outcome go_down(kvmexit_vcpu *c, Outcome outcome, uint64_t key) noexcept nogil:
+    """The same from `c.chain` on, a native handler."""
+    cdef kvmexit_exit exit
+    cdef int verdict
     describe(c, &exit, key)
     while c.chain.call != NULL:
         verdict = call_natively(c, &exit)
@@ -293,7 +299,7 @@ cdef Outcome interrupted(kvmexit_vcpu *c, bint drain) noexcept nogil:
     if drain:
         kvmexit_watch(c)  # the immediate_exit just spent may have been the timer's
         return DRAINED    # K7: an open request stays open: kvmexit_renew() sees to it before the next entry
-    if request & KVMEXIT_REQUEST_KICK:
+    if request & (KVMEXIT_REQUEST_KICK | KVMEXIT_REQUEST_CLOSED):
         kvmexit_consume_kick(c)
         return KICKED     # K8: said by the request alone
     if c.deadline_ns != KVMEXIT_NEVER and kvmexit_now_ns() >= c.deadline_ns:
@@ -334,6 +340,116 @@ cdef bint fault_repeats(kvmexit_vcpu *c) noexcept nogil:
     return False
 
 
+cdef void after_burst(kvmexit_vcpu *c, Outcome outcome, uint64_t native) noexcept nogil:
+    """The book-keeping after each burst. `native`: c.native before it. What is for Python, or broken, holds its table."""
+    c.valid = c.synced  # only what KVM copied on return is current
+    if c.flushed:
+        settle_registers(c)
+    if outcome == FAILED or outcome == NO_MEMORY or outcome == UNWRITTEN:
+        # Where something is pending the entry did not happen: it still is, with its answer, Python's or a native one.
+        if not c.completes:
+            c.needs = False
+        elif c.native == native:
+            kvmexit_set_seq(c, c.seq - 1)
+    elif outcome == EXIT or outcome == FAULT or outcome == BROKEN:
+        kvmexit_hand_over(c.stats)
+        c.unsettled = True
+    else:
+        c.chain = NULL
+        if outcome == STOPPED or outcome == LOOPING:
+            kvmexit_hand_over(c.stats)
+            c.unsettled = False
+        else:
+            c.needs = False  # there is no exit
+        if c.native & 1:
+            kvmexit_end_native(c)
+
+
+# ---- a run() without Python: _embed.pyx ----
+
+cdef int begin_natively(kvmexit_vcpu *c, uint64_t timeout_ns) noexcept nogil:
+    """Vcpu.begin() without a thread state. -> 0, or errno."""
+    if c.forks[0] != c.born:
+        return ECHILD
+    if kvmexit_nested(c):
+        return EDEADLK
+    return claim(c, PyThread_get_thread_ident(), timeout_ns, False)
+
+
+cdef int claim(kvmexit_vcpu *c, unsigned long me, uint64_t timeout_ns, bint main_thread) noexcept nogil:
+    """Begin a run, Python's or another. -> 0, or errno: EBUSY, EBADF where the VM is closed, or why there is no timer."""
+    cdef int error = 0
+    if not kvmexit_claim(c, me):  # P5: before the first look at the requests
+        return EBUSY
+    if kvmexit_requests(c) & KVMEXIT_REQUEST_CLOSED:
+        error = EBADF
+    elif kvmexit_begin(c, timeout_ns, main_thread) != 0:
+        error = errno
+    if error:
+        let_go(c)
+    return error
+
+
+cdef void let_go(kvmexit_vcpu *c) noexcept nogil:
+    """From here on the vCPU is anybody's."""
+    kvmexit_disown(c)  # P15: then who waits in pause() is told
+    if kvmexit_requests(c) & KVMEXIT_REQUEST_PAUSE:
+        stopped_one()
+
+
+cdef void end_run(kvmexit_vcpu *c) noexcept nogil:
+    kvmexit_leave_python(c.stats)
+    kvmexit_end(c)
+    let_go(c)
+
+
+cdef Outcome enter_natively(kvmexit_vcpu *c, bint drain) noexcept nogil:
+    """Vcpu.enter() without Python: what is for it, or broken, holds its table until kvmexit_end_native()."""
+    cdef uint64_t native = c.native
+    cdef Outcome outcome
+    c.chain = NULL
+    kvmexit_set_seq(c, c.seq + 1)  # no other thread can answer what is pending: it is our run
+    outcome = burst(c, drain)
+    after_burst(c, outcome, native)
+    return outcome
+
+
+cdef Outcome stand_still(kvmexit_vcpu *c) noexcept nogil:
+    """Vcpu.park() without Python, for a run in nobody's handler. AGAIN: go on; or KICKED, TIMED_OUT.
+
+    No lock makes look and store one: so after `parked` is cleared request is looked at once more before anything is entered
+    (P19). A pause() in between either finds it cleared, and waits, or its bit is seen here.
+    """
+    cdef Outcome outcome
+    cdef uint32_t seen
+    while True:
+        seen = kvmexit_requests(c)  # P10
+        if seen & (KVMEXIT_REQUEST_KICK | KVMEXIT_REQUEST_CLOSED):
+            kvmexit_consume_kick(c)
+            outcome = KICKED
+        elif not seen & KVMEXIT_REQUEST_PAUSE:
+            outcome = AGAIN
+        elif kvmexit_now_ns() >= c.deadline_ns:
+            outcome = TIMED_OUT
+        else:
+            if not kvmexit_parked(c):
+                kvmexit_leave_python(c.stats)
+                kvmexit_set_parked(c, True)
+                stopped_one()  # P12: after the store
+            kvmexit_wait(c, seen, c)  # P13
+            continue
+        if not kvmexit_parked(c):
+            return outcome
+        kvmexit_set_parked(c, False)  # P11: on every way out
+        if outcome != AGAIN:
+            return outcome
+
+
+cdef int ask_natively(kvmexit_vcpu *c, uint32_t request) noexcept nogil:
+    """Kick a vCPU, or have it park. -> 0, or errno."""
+    return ECHILD if c.forks[0] != c.born else kvmexit_ask(c, request)
+
+
 # ---- the vCPU ----
 
 @cython.final
@@ -361,10 +477,11 @@ cdef class Vcpu:
         page.recorder, page.c.stats = recorder, recorder.c
         page.c.converter = vm.memory.converter
         page.c.software_protected = vm.type == VMType.SW_PROTECTED
+        page.c.rebinds = vm.memory.rebinds
         if page.c.enter == NULL:
             page.c.enter = kvmexit_enter_kvm
         page.c.fault_limit = DEFAULT_FAULT_LIMIT
-        vcpu.sync = page.syncable & REGS
+        vcpu.sync = page.c.syncable & REGS
         if kvmexit_install(KICK_SIGNAL) != 0:
             raise Error(f"signal {KICK_SIGNAL} (KICK_SIGNAL) cannot be handled in this process")
         return vcpu
@@ -419,27 +536,24 @@ cdef class Vcpu:
     cdef int begin(self, timeout) except -1:
         cdef uint64_t timeout_ns = KVMEXIT_NEVER
         cdef unsigned long me = PyThread_get_thread_ident()
+        cdef int error
         if timeout is not None:
             timeout_ns = _nanoseconds(timeout)
         self.page.check()
         self.vm.handle.check()
-        if self.page.owner:
+        error = claim(&self.page.c, me, timeout_ns, me == self.main_thread)
+        if error == EBUSY:
             raise VcpuBusyError(
-                f"vCPU {self.id} is running already" + (": this is its own handler" if self.page.owner == me else
+                f"vCPU {self.id} is running already" + (": this is its own handler" if kvmexit_owner(&self.page.c) == me else
                                                         " in another thread: kick() it, and wait for that run() to return"))
-        if kvmexit_begin(&self.page.c, timeout_ns, me == self.main_thread) != 0:
-            raise KvmError(errno, "timer_create", "too many timers or queued signals (RLIMIT_SIGPENDING)")
-        self.page.owner = me  # P5: before the first look at the requests; in one section with it
+        if error:
+            raise KvmError(error, "timer_create", "too many timers or queued signals (RLIMIT_SIGPENDING)")
         return 0
 
     cdef int end(self) except -1:
-        kvmexit_leave_python(self.c.stats)
-        self.page.owner = 0  # P15: then who waits in pause() is told
-        kvmexit_end(&self.page.c)
+        end_run(&self.page.c)
         if self.vm.routing.retired:
             self.vm.routing.reap()
-        if kvmexit_requests(&self.page.c) & KVMEXIT_REQUEST_PAUSE:
-            stopped_one()
         return 0
 
     cdef Outcome park(self) except? FAILED:
@@ -472,11 +586,11 @@ cdef class Vcpu:
                     return KICKED
                 if paused == own and kvmexit_now_ns() >= own.deadline_ns:
                     return TIMED_OUT
-                if paused != own and paused_by(self.page.owner, self.page):
+                if paused != own and paused_by(PyThread_get_thread_ident(), self.page):
                     raise Error(
                         "run() inside a handler of a paused VM would wait for this thread's own pause(): resume() first")
                 kvmexit_leave_python(own.stats)
-                if not own.parked:  # else who waits in pause() knows
+                if not kvmexit_parked(own):  # else who waits in pause() knows
                     set_parked(own, True)
                     stopped_one()  # P12: after the store
                 with nogil:
@@ -506,9 +620,9 @@ cdef class Vcpu:
                 if drain and not c.completes:
                     return None
                 # Registers go to KVM when nothing is pending: what is, gets completed first.
-                if self.page.written and not c.completes:
+                if c.written and not c.completes:
                     self.page.flush()
-                outcome = self.enter(drain or self.page.written & ~self.page.flushed != 0)
+                outcome = self.enter(drain or c.written & ~c.flushed != 0)
                 if outcome == DRAINED:
                     continue
                 if outcome == LOOK:
@@ -550,31 +664,11 @@ cdef class Vcpu:
             outcome = burst(c, drain)
             kvmexit_leave_native(c.stats)
         kvmexit_enter_python(c.stats)
-        self.page.valid = self.page.synced  # only what KVM copied on return is current
-        if self.page.flushed:
-            self.page.settle()
-        if outcome == FAILED or outcome == NO_MEMORY or outcome == UNWRITTEN:
-            # Where something is pending the entry did not happen: it still is, with its answer, Python's or a native one.
-            if not c.completes:
-                c.needs = False
-            elif c.native == native:
-                c.seq -= 1
-            return outcome
-        if outcome in (EXIT, FAULT, BROKEN, STOPPED, LOOPING):
-            kvmexit_hand_over(c.stats)
+        after_burst(c, outcome, native)
         if outcome == EXIT or outcome == FAULT or outcome == BROKEN:
-            c.unsettled = True
             table = <RouteTable>c.table.owner
             kvmexit_end_native(c)
             self.table = table  # only now: what it lets go may run a finalizer that waits for us
-        else:
-            c.chain = NULL
-            if outcome == STOPPED or outcome == LOOPING:
-                c.unsettled = False
-            else:
-                c.needs = False  # there is no exit
-        if c.native & 1:
-            kvmexit_end_native(c)
         return outcome
 
     def _fail(self, int outcome):
@@ -749,15 +843,15 @@ cdef class Vcpu:
     def sync(self):
         """Register classes that KVM copies on every exit: 1 regs, 2 sregs, 4 events. All cost some 350 ns an exit more than
         regs alone; the others are fetched on demand. ValueError for what this kernel cannot copy."""
-        return self.page.synced
+        return self.page.c.synced
 
     @sync.setter
     def sync(self, classes):
         self.page.check_mine()
-        if classes & ~self.page.syncable:
+        if classes & ~self.page.c.syncable:
             raise ValueError(
-                f"register classes {classes:#x}: this kernel can copy {self.page.syncable:#x} (KVM_CAP_SYNC_REGS)")
-        self.page.synced = classes
+                f"register classes {classes:#x}: this kernel can copy {self.page.c.syncable:#x} (KVM_CAP_SYNC_REGS)")
+        self.page.c.synced = classes
         self.page.c.regs_synced = classes & REGS != 0
         self.page.c.run.kvm_valid_regs = classes
         if classes & REGS and self.vm.type not in _HIDDEN:
@@ -793,13 +887,13 @@ cdef class Vcpu:
         argument.irq = vector
         self._check()
         self.page.handle.call("KVM_INTERRUPT", KVM_INTERRUPT, &argument)
-        self.page.valid = 0
+        self.page.c.valid = 0
 
     def nmi(self):
         """Inject an NMI (KVM_NMI)."""
         self._check()
         self.page.handle.call_value("KVM_NMI", KVM_NMI, 0)
-        self.page.valid = 0
+        self.page.c.valid = 0
 
     # ---- the rest ----
 
@@ -814,7 +908,7 @@ cdef class Vcpu:
         try:
             return generic_ioctl(self.page.handle, number, argument)
         finally:
-            self.page.valid = 0 if self.page.c.fd >= 0 else self.page.valid
+            self.page.c.valid = 0 if self.page.c.fd >= 0 else self.page.c.valid
 
     def _check(self):
         self.page.check()
@@ -829,7 +923,7 @@ cdef class Vcpu:
     @property
     def running(self):
         """Whether a run() is in progress, handlers included."""
-        return self.page.owner != 0
+        return kvmexit_owner(&self.page.c) != 0
 
     @property
     def fault_limit(self):
@@ -885,14 +979,14 @@ cdef class Vcpu:
 cdef void set_parked(kvmexit_vcpu *v, bint parked) noexcept:
     """Of a vCPU and those whose handlers it runs in (P17)."""
     while v != NULL:
-        v.parked = parked
+        kvmexit_set_parked(v, parked)
         v = v.outer
 
 
 cdef int ask(Page page, uint32_t request) except -1:
     cdef int error
     page.check()
-    error = kvmexit_ask(&page.c, request)
+    error = ask_natively(&page.c, request)
     if error:
         raise KvmError(error, "tgkill", "the user's signal queue is full (RLIMIT_SIGPENDING): the request is noted, and the "
                        "next kick() delivers it")
@@ -961,7 +1055,7 @@ def time_entries(Vcpu vcpu not None, size_t count):
                 time[n] = after - before
                 n += 1
         c.error = 0
-        vcpu.page.valid = vcpu.page.synced
+        c.valid = c.synced
         PyErr_CheckSignals()
         return times[:n]
     finally:

@@ -19,7 +19,7 @@ cdef int dup_eventfd(fd) except -1
 
 
 cdef class Function(Native):
-    cdef readonly object function
+    cdef readonly object function, owner
     cdef Py_buffer buffer
     cdef bint exported
 

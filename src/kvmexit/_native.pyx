@@ -138,17 +138,18 @@ cdef class Function(Native):
     the second argument; a ctypes or cffi function pointer; a numba cfunc. It is kept alive.
     opaque: the second argument: an address (int), or an object with a writable buffer, which is kept alive and exported for
     as long; None: the capsule's context, else NULL.
+    owner: an object that is kept alive, too: whose memory an address is.
 
     Raises TypeError for other objects and other signatures, and where it shows that it is a callback around a Python
     function; ValueError for NULL.
     """
 
-    def __cinit__(self, function, opaque=None):
+    def __cinit__(self, function, opaque=None, *, owner=None):
         address = _address(function)
         if not address:
             raise ValueError(f"{function!r} is NULL")
         self.call = <kvmexit_handler><uintptr_t>address
-        self.function = function
+        self.function, self.owner = function, owner
         if opaque is None:
             if PyCapsule_CheckExact(function):
                 self.opaque = PyCapsule_GetContext(function)

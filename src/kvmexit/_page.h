@@ -2,10 +2,19 @@
 #ifndef KVMEXIT_PAGE_H
 #define KVMEXIT_PAGE_H
 
+#include <errno.h>
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "include/kvmexit/kvmexit.h"
 #include "include/kvmexit/uapi.h"
+
+/* What others ask of a vCPU's thread. */
+#define KVMEXIT_REQUEST_KICK 1u
+#define KVMEXIT_REQUEST_PAUSE 2u  /* stays until the VM is resumed */
+#define KVMEXIT_REQUEST_CLOSED 4u /* stays: no run() begins any more */
+
+#define KVMEXIT_REGISTER_BYTES 520 /* kvm_sync_regs: regs, sregs, events */
 
 struct kvmexit_vcpu {
     /* the seam: what "KVM_RUN" is; returns 0 or -errno */
@@ -50,13 +59,26 @@ struct kvmexit_vcpu {
     void *converter;
     uint64_t generation; /* at the last entry */
     int software_protected;
+    int rebinds; /* conversions move memslots, and need Python */
+
+    /* registers, as the Page has them: _page.pyx */
+    int synced;   /* classes KVM copies on every return (valid_regs) */
+    int syncable; /* classes it could copy (KVM_CAP_SYNC_REGS) */
+    int valid;    /* classes whose copy in the page is current */
+    int written;  /* classes with values kept aside */
+    int flushed;  /* of these, the ones in the page for KVM to take */
+    uint8_t value[KVMEXIT_REGISTER_BYTES], mask[KVMEXIT_REGISTER_BYTES];
 
     /* written by other threads */
     uint32_t request; /* atomic */
     int32_t tid;      /* atomic; the thread inside run(), or 0 */
+    uint32_t users;   /* atomic; calls of the C API beside run(), which close() waits for */
 
     /* of the run() in progress */
-    int parked; /* with the GIL held: its thread stands still while a VM is paused */
+    unsigned long owner; /* atomic; the identity of its thread, or 0 */
+    int parked;          /* atomic; its thread stands still while a VM is paused */
+    struct kvmexit_exit exit; /* what a run() of the C API returned, and ... */
+    uint64_t exit_seq;        /* ... the `seq` it is of */
     uint64_t deadline_ns; /* CLOCK_MONOTONIC, or KVMEXIT_NEVER */
     struct kvmexit_vcpu *outer;
     int main_thread, was_blocked;
@@ -72,5 +94,79 @@ struct kvmexit_vcpu {
     struct kvm_regs fault_regs;
 #endif
 };
+
+/*
+ * Whose run it is. Python's run() claims with the GIL held, the C API's without: so what Python does in one section must
+ * not rely on nobody claiming meanwhile. It need not: a thread that wants everybody out (pause(), close()) sets a bit of
+ * `request` first and looks at owners then, a runner claims first and looks at `request` then, so one of them sees the
+ * other. All sequentially consistent.
+ */
+static inline int kvmexit_claim(struct kvmexit_vcpu *v, unsigned long me)
+{
+    unsigned long nobody = 0;
+    return __atomic_compare_exchange_n(&v->owner, &nobody, me, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+
+static inline void kvmexit_disown(struct kvmexit_vcpu *v)
+{
+    __atomic_store_n(&v->owner, 0, __ATOMIC_SEQ_CST);
+}
+
+static inline unsigned long kvmexit_owner(const struct kvmexit_vcpu *v)
+{
+    return __atomic_load_n(&v->owner, __ATOMIC_SEQ_CST);
+}
+
+/* `seq` is looked at by threads that do not run the vCPU, too. */
+static inline uint64_t kvmexit_seq(const struct kvmexit_vcpu *v)
+{
+    return __atomic_load_n(&v->seq, __ATOMIC_RELAXED);
+}
+
+static inline void kvmexit_set_seq(struct kvmexit_vcpu *v, uint64_t seq)
+{
+    __atomic_store_n(&v->seq, seq, __ATOMIC_RELAXED);
+}
+
+static inline void kvmexit_set_parked(struct kvmexit_vcpu *v, int parked)
+{
+    __atomic_store_n(&v->parked, parked, __ATOMIC_SEQ_CST);
+}
+
+static inline int kvmexit_parked(const struct kvmexit_vcpu *v)
+{
+    return __atomic_load_n(&v->parked, __ATOMIC_SEQ_CST);
+}
+
+static inline uint32_t kvmexit_requests(const struct kvmexit_vcpu *v)
+{
+    return __atomic_load_n(&v->request, __ATOMIC_SEQ_CST);
+}
+
+/* For a call beside run() that close() has to wait for: 0, or EBADF where the VM is closed. */
+static inline int kvmexit_begin_use(struct kvmexit_vcpu *v)
+{
+    __atomic_fetch_add(&v->users, 1, __ATOMIC_SEQ_CST); /* then the look, as run() does */
+    if (!(kvmexit_requests(v) & KVMEXIT_REQUEST_CLOSED))
+        return 0;
+    __atomic_fetch_sub(&v->users, 1, __ATOMIC_SEQ_CST);
+    return EBADF;
+}
+
+static inline void kvmexit_end_use(struct kvmexit_vcpu *v)
+{
+    __atomic_fetch_sub(&v->users, 1, __ATOMIC_SEQ_CST);
+}
+
+/* The VM is being closed: set before close() looks at who is in use. */
+static inline void kvmexit_shut(struct kvmexit_vcpu *v)
+{
+    __atomic_fetch_or(&v->request, KVMEXIT_REQUEST_CLOSED, __ATOMIC_SEQ_CST);
+}
+
+static inline int kvmexit_in_use(const struct kvmexit_vcpu *v)
+{
+    return kvmexit_owner(v) != 0 || __atomic_load_n(&v->users, __ATOMIC_SEQ_CST) != 0;
+}
 
 #endif /* KVMEXIT_PAGE_H */

@@ -5,5 +5,3 @@ from typing_extensions import disjoint_base
 @disjoint_base
 class Page:
     def __init__(self, _: Never, /) -> None: ...  # a TypeError
-    @property
-    def owner(self) -> int: ...

@@ -20,6 +20,9 @@ from kvmexit.errors import Error, KvmError, VcpuBusyError
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() nogil
 
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int fd, unsigned long request, ...)
+
 
 cdef kvm_sync_regs _layout  # for offsets only
 
@@ -36,14 +39,65 @@ _classes[2] = RegisterClass(
     EVENTS, <char *>&_layout.events - <char *>&_layout, sizeof(kvm_vcpu_events), KVM_GET_VCPU_EVENTS,
     KVM_SET_VCPU_EVENTS)
 
-_GET_NAMES = {REGS: "KVM_GET_REGS", SREGS: "KVM_GET_SREGS", EVENTS: "KVM_GET_VCPU_EVENTS"}
-_SET_NAMES = {REGS: "KVM_SET_REGS", SREGS: "KVM_SET_SREGS", EVENTS: "KVM_SET_VCPU_EVENTS"}
+_NAMES = {
+    <unsigned long>KVM_GET_REGS: "KVM_GET_REGS", <unsigned long>KVM_SET_REGS: "KVM_SET_REGS",
+    <unsigned long>KVM_GET_SREGS: "KVM_GET_SREGS", <unsigned long>KVM_SET_SREGS: "KVM_SET_SREGS",
+    <unsigned long>KVM_GET_VCPU_EVENTS: "KVM_GET_VCPU_EVENTS", <unsigned long>KVM_SET_VCPU_EVENTS: "KVM_SET_VCPU_EVENTS"}
 
 
-cdef void forget(Page page, RegisterClass *k) noexcept:
+cdef void forget(kvmexit_vcpu *c, RegisterClass *k) noexcept nogil:
     """Drop what was kept aside for one class."""
-    memset(page.mask + k.offset, 0, k.size)
-    page.written &= ~k.bit
+    memset(c.mask + k.offset, 0, k.size)
+    c.written &= ~k.bit
+
+
+cdef int flush_registers(kvmexit_vcpu *c, unsigned long *call) noexcept nogil:
+    """Hand the values kept aside to KVM. Only by who runs the vCPU, and only when no operation is pending: KVM applies
+    registers before it completes one, whose result would be lost (arch/x86/kvm/x86.c, kvm_arch_vcpu_ioctl_run).
+    -> 0, or errno of the ioctl `call`."""
+    cdef RegisterClass *k
+    cdef uint8_t *copy
+    cdef int i
+    cdef size_t j
+    for i in range(3):
+        k = &_classes[i]
+        if not c.written & k.bit:
+            continue
+        copy = <uint8_t *>&c.run.s.regs + k.offset
+        if not c.valid & k.bit:
+            call[0] = k.get
+            if c.fd >= 0 and ioctl(c.fd, k.get, copy) < 0:
+                return errno
+            c.valid |= k.bit
+        for j in range(k.size):
+            if c.mask[k.offset + j]:
+                copy[j] = c.value[k.offset + j]
+        if k.bit == SREGS and c.mask[k.offset + (<char *>&_layout.sregs.cr8 - <char *>&_layout.sregs)]:
+            c.run.cr8 = c.run.s.regs.sregs.cr8  # which KVM takes after all other registers
+        if c.synced & k.bit:
+            c.run.kvm_dirty_regs |= <uint64_t>k.bit
+            c.flushed |= k.bit
+            continue
+        call[0] = k.set
+        if c.fd >= 0 and ioctl(c.fd, k.set, copy) < 0:
+            c.valid &= ~k.bit
+            forget(c, k)
+            return errno
+        forget(c, k)
+    return 0
+
+
+cdef void settle_registers(kvmexit_vcpu *c) noexcept nogil:
+    """After an entry: the values in the page that KVM took are its own, the others are kept on. It takes none where it
+    returned before it looked (an application processor not started yet)."""
+    cdef RegisterClass *k
+    cdef int i
+    for i in range(3):
+        k = &_classes[i]
+        if c.flushed & k.bit and not c.run.kvm_dirty_regs & <uint64_t>k.bit:
+            forget(c, k)
+    c.run.kvm_dirty_regs = 0
+    c.flushed = 0
 
 
 cdef object busy():
@@ -84,73 +138,60 @@ cdef class Page:
     cdef int check_mine(self) except -1:
         """Raise where registers may not be touched: in a forked child, or while another thread runs the vCPU."""
         self.check()
-        if self.owner and self.owner != PyThread_get_thread_ident():
+        cdef unsigned long owner = kvmexit_owner(&self.c)
+        if owner and owner != PyThread_get_thread_ident():
             raise busy()
         if self.handle.closed:
             raise Error("this vCPU's VM is closed")
         return 0
+
+    cdef bint hold(self) except -1:
+        """Keep the C API from running the vCPU while we look at it or change it with the GIL held; VcpuBusyError where
+        another thread runs it. -> whether kvmexit_disown() has to follow: this thread is not in a run() of it. Nobody who waits in
+        pause() sees that, since it takes the GIL to look."""
+        cdef unsigned long me = PyThread_get_thread_ident()
+        if kvmexit_owner(&self.c) == me:
+            return False
+        if not kvmexit_claim(&self.c, me):
+            raise busy()
+        return True
 
     cdef int load(self, int which) except -1:
         """Make the page's copy of these register classes current."""
         cdef RegisterClass *k
         cdef int i
         cdef uint64_t entries = self.c.entries
+        cdef bint held, stale
         cdef kvm_sregs fetched  # the largest of them
         for i in range(3):
             k = &_classes[i]
-            if k.bit & which & ~self.valid:
+            if k.bit & which & ~self.c.valid:
                 if self.c.fd >= 0:
-                    self.handle.call(_GET_NAMES[k.bit], k.get, &fetched)
-                    # The GIL was released: had another thread run the vCPU meanwhile, these would be old registers.
-                    if self.c.entries != entries or self.owner and self.owner != PyThread_get_thread_ident():
-                        raise busy()
-                    memcpy(<char *>&self.c.run.s.regs + k.offset, &fetched, k.size)
-                self.valid |= k.bit
+                    self.handle.call(_NAMES[k.get], k.get, &fetched)
+                held = self.hold()
+                # The GIL was released: had another thread run the vCPU meanwhile, these would be old registers.
+                stale = self.c.entries != entries
+                if not stale:
+                    if self.c.fd >= 0:
+                        memcpy(<char *>&self.c.run.s.regs + k.offset, &fetched, k.size)
+                    self.c.valid |= k.bit
+                if held:
+                    kvmexit_disown(&self.c)
+                if stale:
+                    raise busy()
         return 0
 
     cdef int flush(self) except -1:
-        """Hand the values kept aside to KVM. Only when no operation is pending: KVM applies registers before it
-        completes one, whose result would be lost (arch/x86/kvm/x86.c, kvm_arch_vcpu_ioctl_run)."""
-        cdef RegisterClass *k
-        cdef uint8_t *copy
-        cdef int i
-        cdef size_t j
-        for i in range(3):
-            k = &_classes[i]
-            if not self.written & k.bit:
-                continue
-            self.load(k.bit)
-            copy = <uint8_t *>&self.c.run.s.regs + k.offset
-            for j in range(k.size):
-                if self.mask[k.offset + j]:
-                    copy[j] = self.value[k.offset + j]
-            if k.bit == SREGS and self.mask[k.offset + (<char *>&_layout.sregs.cr8 - <char *>&_layout.sregs)]:
-                self.c.run.cr8 = self.c.run.s.regs.sregs.cr8  # which KVM takes after all other registers
-            if self.synced & k.bit:
-                self.c.run.kvm_dirty_regs |= <uint64_t>k.bit
-                self.flushed |= k.bit
-                continue
-            if self.c.fd >= 0:
-                try:
-                    self.handle.call(_SET_NAMES[k.bit], k.set, copy)
-                except KvmError:
-                    self.valid &= ~k.bit
-                    forget(self, k)
-                    raise
-            forget(self, k)
+        """flush_registers(), with the GIL released; KvmError where KVM refuses."""
+        cdef unsigned long call = 0
+        cdef int error
+        self.handle.users += 1  # close() waits
+        with nogil:
+            error = flush_registers(&self.c, &call)
+        self.handle.users -= 1
+        if error:
+            raise KvmError(error, _NAMES[call])
         return 0
-
-    cdef void settle(self) noexcept:
-        """After an entry: the values in the page that KVM took are its own, the others are kept on. It takes none where it
-        returned before it looked (an application processor not started yet)."""
-        cdef RegisterClass *k
-        cdef int i
-        for i in range(3):
-            k = &_classes[i]
-            if self.flushed & k.bit and not self.c.run.kvm_dirty_regs & <uint64_t>k.bit:
-                forget(self, k)
-        self.c.run.kvm_dirty_regs = 0
-        self.flushed = 0
 
 
 cdef Page map_vcpu(int fd, size_t run_size):
@@ -183,5 +224,5 @@ cdef Page anonymous(size_t run_size):
     page.c.pid = getpid()
     page.c.run = <kvm_run *>run
     page.c.run_size = run_size
-    page.valid = REGS | SREGS | EVENTS
+    page.c.valid = REGS | SREGS | EVENTS
     return page

@@ -10,7 +10,7 @@ cimport cython
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from kvmexit._page cimport EVENTS, REGS, SREGS, Page
+from kvmexit._page cimport EVENTS, REGS, SREGS, Page, kvmexit_disown
 from kvmexit._uapi cimport kvm_dtable, kvm_segment, kvm_sync_regs
 
 
@@ -62,6 +62,7 @@ cdef class Register:
         cdef Page page
         cdef uint8_t value[32]
         cdef size_t i, at
+        cdef bint held
         if instance is None:
             return self
         view = _checked(instance, self.owner)
@@ -69,22 +70,29 @@ cdef class Register:
         at = view.start + self.offset
         page.check_mine()
         page.load(view.which)
+        held = page.hold()
         for i in range(self.size):
-            value[i] = page.value[at + i] if page.mask[at + i] else (<uint8_t *>&page.c.run.s.regs)[at + i]
+            value[i] = page.c.value[at + i] if page.c.mask[at + i] else (<uint8_t *>&page.c.run.s.regs)[at + i]
+        if held:
+            kvmexit_disown(&page.c)
         return int.from_bytes(value[:self.size], "little")
 
     def __set__(self, instance, value):
         cdef RegisterView view = _checked(instance, self.owner)
         cdef Page page = view.page
         cdef bytes data
+        cdef bint held
         page.check_mine()
         try:
             data = index(value).to_bytes(self.size, "little")
         except OverflowError:
             raise ValueError(f"{value:#x} does not fit an unsigned register of {8 * self.size} bits") from None
-        memcpy(page.value + view.start + self.offset, <const char *>data, self.size)
-        memset(page.mask + view.start + self.offset, 1, self.size)
-        page.written |= view.which
+        held = page.hold()
+        memcpy(page.c.value + view.start + self.offset, <const char *>data, self.size)
+        memset(page.c.mask + view.start + self.offset, 1, self.size)
+        page.c.written |= view.which
+        if held:
+            kvmexit_disown(&page.c)
 
 
 @cython.final

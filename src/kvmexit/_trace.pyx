@@ -173,5 +173,5 @@ def scripted_page(Script script):
     page.c.enter = enter_scripted
     page.c.script = &script.program
     page.script = script
-    page.syncable = REGS | SREGS | EVENTS
+    page.c.syncable = REGS | SREGS | EVENTS
     return page

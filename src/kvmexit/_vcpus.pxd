@@ -14,5 +14,5 @@ cdef class Vcpus:
     cdef int ask(self) except -1
 
 
-cdef int stopped_one() except -1
+cdef void stopped_one() noexcept nogil
 cdef bint paused_by(unsigned long me, Page own)

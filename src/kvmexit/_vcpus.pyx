@@ -1,9 +1,10 @@
 """The vCPUs of one VM: which there are, and stopping all of them (pause) for as long as somebody works on the VM.
 
 A vCPU stands still when its run() has returned, when run() has parked it (Vcpu.park), or when its handler itself waits in
-pause(). Owners, `parked` and everything in `Vcpus` change with the GIL held; what reaches a guest that runs is the PAUSE
-bit of its request word (_control.h). So a run() that began before the bit was set is seen here as an owner and waited for,
-and one that begins later sees the bit and parks first.
+pause(). Everything in `Vcpus` changes with the GIL held, and so do owners and `parked` of Python's runs; those of the C
+API change without it (_page.h). What reaches a guest that runs is the PAUSE bit of its request word (_control.h). So a run()
+that began before the bit was set is seen here as an owner and waited for, and one that begins later sees the bit and parks
+first.
 
 Two handlers that pause at the same time would wait for each other for ever. So a thread that waits in pause() counts as
 stopped, and a handler's pause takes effect only while nobody else's is.
@@ -18,7 +19,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint32_t
 
 from kvmexit._ioctl cimport Handle
-from kvmexit._page cimport Page
+from kvmexit._page cimport Page, kvmexit_owner, kvmexit_parked, kvmexit_set_parked, kvmexit_shut
 from kvmexit.errors import Error, KvmError
 
 cdef extern from "Python.h":
@@ -41,14 +42,19 @@ cdef extern from *:
         syscall(SYS_futex, &kvmexit_changes, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
     }
 
+    static uint32_t kvmexit_seen_changes(void)
+    {
+        return __atomic_load_n(&kvmexit_changes, __ATOMIC_SEQ_CST);
+    }
+
     static int kvmexit_await_change(uint32_t seen, long ms)
     {
         struct timespec t = {ms / 1000, ms % 1000 * 1000000};
         return (int)syscall(SYS_futex, &kvmexit_changes, FUTEX_WAIT_PRIVATE, seen, &t, NULL, 0);
     }
     """
-    uint32_t kvmexit_changes
-    void kvmexit_changed()
+    uint32_t kvmexit_seen_changes()
+    void kvmexit_changed() nogil
     int kvmexit_await_change(uint32_t, long) nogil
 
 
@@ -57,10 +63,9 @@ cdef list _all = []  # weak references to the Vcpus there are
 cdef object _loop = None  # the module that has the thread-local state, which imports this one
 
 
-cdef int stopped_one() except -1:
+cdef void stopped_one() noexcept nogil:
     """Tell who waits in pause() that a vCPU came to stand still."""
     kvmexit_changed()
-    return 0
 
 
 cdef list alive(list references):
@@ -136,23 +141,23 @@ cdef class Vcpus:
         self.pauses += 1
         try:
             for page in mine:
-                (<Page>page).c.parked = True  # P2: as good as parked, or two handlers would wait for each other
+                kvmexit_set_parked(&(<Page>page).c, True)  # P2: as good as parked, or two handlers would wait for each other
             kvmexit_changed()
             self.ask()
             while True:
-                seen = kvmexit_changes
+                seen = kvmexit_seen_changes()
                 if alone(me, held) and self.stopped(me):
                     break
                 with nogil:
                     kvmexit_await_change(seen, again)
                 PyErr_CheckSignals()
                 self.handle.check()
-                if seen == kvmexit_changes:
+                if seen == kvmexit_seen_changes():
                     self.ask()
         except BaseException:
             self.end()  # P4: taken back at once; but no handler goes on under another's pause, not even with an exception
             while True:
-                seen = kvmexit_changes
+                seen = kvmexit_seen_changes()
                 if alone(me, held):
                     break
                 with nogil:
@@ -160,7 +165,7 @@ cdef class Vcpus:
             raise
         finally:
             for page in mine:
-                (<Page>page).c.parked = False  # P3: in the section that grants
+                kvmexit_set_parked(&(<Page>page).c, False)  # P3: in the section that grants
         self.granted[me] = self.granted.get(me, 0) + 1
 
     def resume(self):
@@ -189,18 +194,22 @@ cdef class Vcpus:
 
     cdef list run_by(self, unsigned long me):
         """The Pages of vCPUs in whose run() a thread is."""
-        return [page for page in alive(self.weak_pages) if (<Page>page).owner == me]
+        return [page for page in alive(self.weak_pages) if kvmexit_owner(&(<Page>page).c) == me]
 
     cdef bint stopped(self, unsigned long me):
         """Whether all vCPUs but this thread's own stand still."""
+        cdef unsigned long owner
         for page in alive(self.weak_pages):
-            if (<Page>page).owner and (<Page>page).owner != me and not (<Page>page).c.parked:
+            owner = kvmexit_owner(&(<Page>page).c)
+            if owner and owner != me and not kvmexit_parked(&(<Page>page).c):
                 return False
         return True
 
     def close(self):
-        """The VM is being closed: no pause holds any longer."""
+        """The VM is being closed: no run() begins any more, and no pause holds any longer."""
         self.granted.clear()
+        for page in alive(self.weak_pages):
+            kvmexit_shut(&(<Page>page).c)
         self.release()
         kvmexit_changed()
 

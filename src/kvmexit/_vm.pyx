@@ -22,7 +22,7 @@ from kvmexit._eventfd cimport EventFds
 from kvmexit._ioctl cimport Handle, call, call_value, forks
 from kvmexit._memory cimport Memory
 from kvmexit._msr_filter cimport MsrFilter
-from kvmexit._page cimport EVENTS, REGS, SREGS, Page, map_vcpu
+from kvmexit._page cimport EVENTS, REGS, SREGS, Page, kvmexit_in_use, kvmexit_owner, map_vcpu
 from kvmexit._routes cimport ANY, Native, Routing
 from kvmexit._uapi cimport (
     KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_EXIT_HYPERCALL,
@@ -224,14 +224,15 @@ cdef class VM:
         mine = self.handle.forks == forks()
         if mine:
             me = PyThread_get_thread_ident()
-            if me in [(<Page>page).owner for page in self.vcpus.pages()]:
+            if me in [kvmexit_owner(&(<Page>page).c) for page in self.vcpus.pages()]:
                 raise Error("close() from a handler of a running vCPU: return STOP, and close after run()")
             self.handle.closed = True  # from here on run() and everything else is refused
             self.vcpus.close()
             # Every close() waits, also a second one: descriptors are not taken from under a vCPU or an ioctl.
-            while self.handle.users or any([(<Page>page).owner or (<Page>page).handle.users for page in self.vcpus.pages()]):
+            while self.handle.users or any([
+                    kvmexit_in_use(&(<Page>page).c) or (<Page>page).handle.users for page in self.vcpus.pages()]):
                 for page in self.vcpus.pages():
-                    if (<Page>page).owner:
+                    if kvmexit_owner(&(<Page>page).c):
                         try:
                             kick_page(page)
                         except KvmError:
@@ -339,7 +340,7 @@ cdef class VM:
 
     def _make_vcpu(self, cls, Page page, id):
         if page.c.fd >= 0:
-            page.syncable = self.check(KVM_CAP_SYNC_REGS) & (REGS | SREGS | EVENTS)
+            page.c.syncable = self.check(KVM_CAP_SYNC_REGS) & (REGS | SREGS | EVENTS)
         page.c.id = id
         page.c.coalesced = &self.coalesced.c
         self.routing.attach(page)

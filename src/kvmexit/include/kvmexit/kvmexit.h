@@ -10,7 +10,8 @@
  *     }
  *
  * Registered like a Python handler, vm.on_pio(0x60, 5, handler), where handler is PyCapsule_New(answer, KVMEXIT_HANDLER, NULL), its
- * context being `opaque`; or a ctypes or cffi function pointer, a numba cfunc, a Cython function (kvmexit.native.Function).
+ * context being `opaque`; or a ctypes or cffi function pointer, a numba cfunc (kvmexit.native.Function), or a Cython function
+ * (`from kvmexit cimport handler`). <kvmexit/embed.h> is for C code that runs vCPUs itself.
  *
  * A handler must not call Python, and is called by several threads at once where a VM has several vCPUs. It may block, but
  * kicks and pauses wait for it, and so does Route.remove(). C11 and C++11; needs nothing else of kvmexit.

@@ -1,0 +1,1 @@
+_C_API: object  # a PyCapsule: include/kvmexit/embed.h

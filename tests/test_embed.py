@@ -762,3 +762,39 @@ def test_runs_pauses_kicks_and_python_at_once(scripted, begin):
         said = [job.end() for job in jobs]
     assert mistakes == []
     assert all(what in (KICKED, TIMED_OUT, -errno.EBUSY) for what in said)
+
+
+# ---- with rings and statistics ----
+
+
+def test_a_run_that_waits_for_room_in_a_ring_heeds_what_is_asked(scripted, begin):
+    """As Python's run(): a kick, a time-out and a pause come first, and the exit is offered again."""
+    ring = native.Ring(2, full="wait")
+    scripted.on_pio(0x80, 1, ring)
+    vcpu = scripted.create_vcpu(0, [*(pio_out(0x80, bytes([i])) for i in range(3)), hlt()])
+    assert run(vcpu, 30_000_000) == (TIMED_OUT, None)
+    assert pending(vcpu)[0] == PYTHON  # unsettled: it goes to the handlers again
+    assert ring.pending == 2
+    vcpu.kick()
+    assert run(vcpu) == (KICKED, None)
+    job = begin(vcpu)
+    until(lambda: vcpu.running)
+    scripted.pause()
+    assert [entry.data for entry in ring.drain()] == [0, 1]
+    scripted.resume()
+    assert job.end() == EXIT
+    assert job.exit.reason == 5
+    assert [entry.data for entry in ring.drain()] == [2]
+
+
+def test_what_it_ran_is_in_the_statistics(scripted):
+    """Who took an exit, and where time went, whoever ran the vCPU."""
+    scripted.on_pio(0x80, 1, native.Ignore())
+    scripted.on_pio(0x81, 1, lambda vcpu, io: None)
+    vcpu = scripted.create_vcpu(0, [pio_out(port, b"x") for port in (0x80, 0x81, 0x82)])
+    vcpu.timing = True
+    assert run(vcpu)[0] == PYTHON
+    assert [last.outcome for last in vcpu.last_exits] == ["native", "pending"]
+    assert [api.answer(api.vcpu(vcpu)), run(vcpu)[0]] == [0, EXIT]
+    assert [last.outcome for last in vcpu.last_exits] == ["native", "caller", "caller"]
+    assert (vcpu.stats.kvm.count, vcpu.stats.gil.count, vcpu.stats.python.count) == (3, 0, 0)

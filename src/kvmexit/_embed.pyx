@@ -194,6 +194,7 @@ cdef int answer(kvmexit_vcpu *c) noexcept nogil:
     if c.needs and c.place == UNKNOWN:
         error = -EINVAL  # completing it would hand the guest rubbish
     else:
+        kvmexit_settle(c.stats, KVMEXIT_CALLER)
         c.answered, c.unsettled = True, False
     let_go(c)
     return error

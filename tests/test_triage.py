@@ -223,6 +223,16 @@ def test_a_lasting_enomem_is_an_error(scripted):
     assert (caught.value.errno, caught.value.call, vcpu.retries["enomem"]) == (ENOMEM, "KVM_RUN", IN_A_ROW)
 
 
+@pytest.mark.parametrize("step", [ScriptStep(errno=ENOMEM), UNWRITTEN], ids=["ENOMEM", "no reason"])
+def test_an_interruption_does_not_begin_a_row_anew(scripted, step):
+    """EINTR, which the main thread's tick brings ten times a second: a KVM that says nothing more slowly would be asked for ever."""
+    half = [step] * (IN_A_ROW // 2)
+    vcpu = scripted.create_vcpu(0, [*half, ScriptStep(errno=4), *half, hlt()])
+    with pytest.raises(kvmexit.Error, match="ENOMEM|memory|in a row"):
+        vcpu.run()
+    assert isinstance(vcpu.run(), kvmexit.Hlt)
+
+
 def test_after_a_lasting_enomem_the_vcpu_can_run_again(scripted):
     """ENOMEM for too long: the vCPU itself is intact."""
     vcpu = scripted.create_vcpu(0, [*[ScriptStep(errno=ENOMEM)] * IN_A_ROW, hlt()])

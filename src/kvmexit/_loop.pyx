@@ -117,7 +117,6 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
     """Enter KVM until something needs Python. `drain`: only let KVM complete what is pending, and come back."""
     cdef Outcome outcome
     cdef kvmexit_stats *s = c.stats
-    cdef int unwritten = 0, no_memory = 0  # in a row
     cdef uint32_t reason
     if drain:
         kvmexit_set_immediate_exit(c)
@@ -135,6 +134,7 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
         c.reason = c.run.exit_reason
         outcome = triage(c.error, c.reason)
         if outcome == EXIT or outcome == FAULT:
+            c.unwritten = c.no_memory = 0
             if outcome == EXIT:
                 c.completes = completes_on_entry(c.reason)
                 c.fault_count = 0
@@ -157,7 +157,6 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
                 if outcome != AGAIN:
                     return outcome
             note_generation(c)
-            unwritten = no_memory = 0
             continue
         if c.completes and outcome != INTERRUPTED:
             c.reason = reason  # there was no entry: what was pending still is
@@ -172,13 +171,15 @@ cdef Outcome burst(kvmexit_vcpu *c, bint drain) noexcept nogil:
             c.retried_eagain += 1
         elif outcome == NO_MEMORY:
             c.retried_enomem += 1
-            no_memory, unwritten = no_memory + 1, 0
-            if no_memory == MAX_RETRIES:
+            c.no_memory, c.unwritten = c.no_memory + 1, 0
+            if c.no_memory == MAX_RETRIES:
+                c.no_memory = 0
                 return NO_MEMORY
         elif outcome == UNWRITTEN:
             c.retried_unwritten += 1
-            unwritten, no_memory = unwritten + 1, 0
-            if unwritten == MAX_RETRIES:
+            c.unwritten, c.no_memory = c.unwritten + 1, 0
+            if c.unwritten == MAX_RETRIES:
+                c.unwritten = 0
                 return UNWRITTEN
         else:
             return FAILED

@@ -85,6 +85,7 @@ struct kvmexit_vcpu {
 
     /* what the burst took on itself, for the record */
     uint64_t retried_unwritten, retried_eintr, retried_eagain, retried_enomem, retried_race;
+    uint32_t unwritten, no_memory; /* in a row, whatever interrupted it */
 
     /* the fault-loop guard: the previous fault, and how often it may come in a row */
     uint32_t fault_limit;

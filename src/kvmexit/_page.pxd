@@ -47,6 +47,7 @@ cdef extern from "_page.h" nogil:
         uint64_t generation
         int software_protected, rebinds
         uint64_t entries, retried_unwritten, retried_eintr, retried_eagain, retried_enomem, retried_race
+        uint32_t unwritten, no_memory
         uint32_t fault_limit, fault_count
         int regs_synced
         uint64_t fault_payload[4]

@@ -147,8 +147,8 @@ cdef class Page:
 
     cdef bint hold(self) except -1:
         """Keep the C API from running the vCPU while we look at it or change it with the GIL held; VcpuBusyError where
-        another thread runs it. -> whether kvmexit_disown() has to follow: this thread is not in a run() of it. Nobody who waits in
-        pause() sees that, since it takes the GIL to look."""
+        another thread runs it. -> whether kvmexit_disown() has to follow: this thread is not in a run() of it. Nobody who
+        waits in pause() sees that, since it takes the GIL to look."""
         cdef unsigned long me = PyThread_get_thread_ident()
         if kvmexit_owner(&self.c) == me:
             return False

@@ -3,6 +3,7 @@
 import errno
 import gc
 import random
+import signal
 import struct
 import threading
 
@@ -247,6 +248,28 @@ def test_a_full_ring_exits_until_it_is_emptied(vm):
     assert not isinstance(guest.vcpu.run(timeout=30), kvmexit.Interrupted)
 
 
+def test_signals_do_not_interrupt_what_gives_rings_back(vm):
+    """KVM_RESET_DIRTY_RINGS that is interrupted leaves pages unprotected: what is written to them then would not be said."""
+    make(vm, "ring")
+    guest = Writer(vm)
+    main, done = threading.main_thread().ident, threading.Event()
+
+    def bother():
+        while not done.wait(0.0001):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda *args: None)
+    bothering = in_thread(bother)
+    try:
+        for _ in range(stress(300)):
+            guest.write(0, PAGES)
+            assert guest.slot.dirty() == guest.pages((0, PAGES))
+    finally:
+        done.set()
+        bothering.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_rings_of_several_vcpus_are_one_answer(vm):
     """Each vCPU has its own; a page that both wrote to comes once. Their exits collect at the same time."""
     make(vm, "ring")
@@ -312,6 +335,13 @@ def test_an_adopted_vm_has_a_harvester(vm):
     """Its owner."""
     with kvmexit.VM.adopt(vm.fd) as ours, pytest.raises(kvmexit.Error, match="one harvester"):
         ours.enable_dirty_ring()
+
+
+def test_a_vm_with_rings_adopts_no_vcpu(vm):
+    """Whose ring nobody would empty."""
+    vm.enable_dirty_ring(1024)
+    with pytest.raises(kvmexit.Error, match=r"use create_vcpu\(\)"):
+        vm.adopt_vcpu(vm.create_vcpu(0).fd)
 
 
 def test_older_kernels_say_so(kvm):

@@ -787,6 +787,50 @@ def test_a_run_that_waits_for_room_in_a_ring_heeds_what_is_asked(scripted, begin
     assert [entry.data for entry in ring.drain()] == [2]
 
 
+def test_a_ring_is_removed_while_a_run_waits_for_room_in_it(scripted, begin):
+    """remove() waits for who is inside the handler: the run goes on with the newer routes, and the write is the caller's."""
+    route = scripted.on_pio(0x80, 1, native.Ring(2, full="wait"))
+    vcpu = scripted.create_vcpu(0, [pio_out(0x80, bytes([i])) for i in range(3)])
+    job = begin(vcpu)
+    until(lambda: vcpu.stats.exits == 2)
+    remover = in_thread(route.remove)
+    remover.join(60)
+    assert not remover.is_alive()
+    assert (job.end(), job.exit.address) == (EXIT, 0x80)
+
+
+def test_a_kick_before_the_run_lets_kvm_complete_what_is_answered(scripted):
+    """As Python's run(): it enters once, and says so then."""
+    vcpu = scripted.create_vcpu(0, [pio_in(0x10), hlt()])
+    assert run(vcpu)[0] == EXIT
+    assert answer(vcpu, b"\x5a") == 0
+    vcpu.kick()
+    assert run(vcpu) == (KICKED, None)
+    assert pending(vcpu) == (-errno.ENODATA, None)
+    assert scripted.script(vcpu).left(0)[1] == b"\x5a"
+    assert run(vcpu)[0] == EXIT
+
+
+def test_an_exit_that_is_taken_when_offered_again_is_native(scripted):
+    """And one that Python answers by hand is the caller's."""
+    ring = native.Ring(2, full="wait")
+    scripted.on_pio(0x80, 1, ring)
+    scripted.on_pio(0x81, 1, lambda vcpu, io: 1)
+    vcpu = scripted.create_vcpu(0, [*[pio_out(0x80, b"x")] * 3, pio_in(0x81), hlt()])
+    assert run(vcpu, 30_000_000) == (TIMED_OUT, None)
+    ring.drain()
+    assert run(vcpu)[0] == PYTHON
+    assert [last.outcome for last in vcpu.last_exits] == ["native"] * 3 + ["pending"]
+    vcpu.pending.data = 7
+    assert run(vcpu)[0] == EXIT
+    assert [last.outcome for last in vcpu.last_exits] == ["native"] * 3 + ["caller"] * 2
+
+
+def test_a_vcpu_that_nobody_made_has_no_c_side():
+    with pytest.raises(TypeError, match=r"create_vcpu\(\)"):
+        api.vcpu(kvmexit.Vcpu.__new__(kvmexit.Vcpu))
+
+
 def test_what_it_ran_is_in_the_statistics(scripted):
     """Who took an exit, and where time went, whoever ran the vCPU."""
     scripted.on_pio(0x80, 1, native.Ignore())

@@ -370,10 +370,15 @@ def test_without_the_ready_made_handler_the_exit_comes_to_the_caller(private_vm)
 # ---- several vCPUs ----
 
 
-def test_two_vcpus_convert_the_same_pages_in_opposite_directions(vm):
+@pytest.mark.parametrize("natively", [False, True], ids=["python", "native"])
+def test_two_vcpus_convert_the_same_pages_in_opposite_directions(vm, natively):
     """A minute at KVMEXIT_STRESS=1: no deadlock, pages that stay shared keep their data, and in the end the shadow is what the
     guest sees."""
     pages = 64
+    if natively:
+        convert = native.Convert(vm)
+        vm.on_hypercall(12, convert)
+        vm.on_memory_fault(handler=convert)
     vm.memory.add(REGION, 32 * PAGE, guest_memfd=True)
     vm.memory.add(REGION + 32 * PAGE, 33 * PAGE, guest_memfd=True)
     kept = [REGION + 17 * PAGE, REGION + pages * PAGE]  # never asked for
@@ -406,6 +411,8 @@ def test_two_vcpus_convert_the_same_pages_in_opposite_directions(vm):
     guests[1].ask(REGION + 3 * PAGE, 7, ENCRYPTED)  # so that both kinds are there in the end
     guests[0].ask(REGION + 40 * PAGE, 5, 0)
     check_shadow(vm, guests[0], range(REGION, REGION + pages * PAGE, PAGE))
+    if natively:
+        assert convert.hypercalls == sum(counts) + 2
 
 
 def check_shadow(vm, guest, gpas):

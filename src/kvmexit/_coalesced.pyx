@@ -184,12 +184,13 @@ cdef class CoalescedZone:
             return
         owner.handle.check()
         with owner.lock:
-            if self not in owner.zones or owner.handle.closed:
+            if owner.handle.closed:
                 return
-            self.tell(owner.handle, False)  # no write is under way there once it returns; a second time it is no error
-            owner.drain()
-            owner.publish(tuple([zone for zone in owner.zones if zone is not self]), owner.c.offset)
-        vm._remove_entries(self.entries)
+            if self in owner.zones:
+                self.tell(owner.handle, False)  # no write is under way there once it returns; a second time it is no error
+                owner.drain()
+                owner.publish(tuple([zone for zone in owner.zones if zone is not self]), owner.c.offset)
+        vm._remove_entries(self.entries)  # also where a signal ended this before: it waits for who is in the handler
 
     def __enter__(self):
         return self

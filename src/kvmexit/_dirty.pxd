@@ -19,8 +19,9 @@ cdef struct Ring:
 cdef class DirtyLog:
     cdef Handle handle
     cdef object lock            # of everything below, of the rings, and of asking KVM
-    cdef dict slots             # number -> SlotDirty
+    cdef object slots           # number -> SlotDirty, which its Slot holds
     cdef list rings
+    cdef uint64_t owed          # entries given back that KVM has not taken yet
     cdef readonly uint64_t entries  # of each vCPU's ring; 0: the VM has none
 
     cdef SlotDirty watch(self, uint32_t number, uint64_t gpa, uint64_t size)
@@ -33,6 +34,7 @@ cdef class DirtyRing:
 
 
 cdef class SlotDirty:
+    cdef object __weakref__
     cdef DirtyLog log
     cdef Bits bits
     cdef uint64_t gpa

@@ -5,6 +5,7 @@ keeps it for the log. Of the rings it is kept here: they have to be emptied when
 """
 
 import threading
+import weakref
 from array import array
 from typing import NamedTuple
 
@@ -13,20 +14,43 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from kvmexit._ioctl cimport Handle
+from kvmexit._ioctl cimport Handle, forks
 from kvmexit._uapi cimport (
-    KVM_CLEAR_DIRTY_LOG, KVM_DIRTY_GFN_F_DIRTY, KVM_DIRTY_GFN_F_RESET, KVM_GET_DIRTY_LOG, KVM_RESET_DIRTY_RINGS,
-    kvm_clear_dirty_log, kvm_dirty_gfn, kvm_dirty_log,
+    KVM_CLEAR_DIRTY_LOG, KVM_DIRTY_GFN_F_DIRTY, KVM_DIRTY_GFN_F_RESET, KVM_GET_DIRTY_LOG, kvm_clear_dirty_log,
+    kvm_dirty_gfn, kvm_dirty_log,
 )
-from kvmexit.errors import Error
+from kvmexit.errors import Error, KvmError
 
 cdef extern from *:
     """
+    #include <errno.h>
+    #include <pthread.h>
+    #include <signal.h>
+    #include <sys/ioctl.h>
+    #include "include/kvmexit/uapi.h"
+
     #define kvmexit_load_flags(entry) __atomic_load_n(&(entry)->flags, __ATOMIC_ACQUIRE)
     #define kvmexit_store_flags(entry, value) __atomic_store_n(&(entry)->flags, value, __ATOMIC_RELEASE)
+
+    /*
+     * -> how many entries KVM took back, or -errno. A kick or a tick must not interrupt it: newer kernels then take back a part,
+     * and forget to protect pages of what they took (virt/kvm/dirty_ring.c, kvm_dirty_ring_reset).
+     */
+    static int kvmexit_reset_dirty_rings(int fd)
+    {
+        sigset_t all, before;
+        int n;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        n = ioctl(fd, KVM_RESET_DIRTY_RINGS, 0);
+        n = n < 0 ? -errno : n;
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        return n;
+    }
     """
     uint32_t kvmexit_load_flags(const kvm_dirty_gfn *) nogil
     void kvmexit_store_flags(kvm_dirty_gfn *, uint32_t) nogil
+    int kvmexit_reset_dirty_rings(int fd) nogil
 
 cdef enum:
     PAGE = 4096
@@ -72,7 +96,7 @@ cdef class DirtyLog:
     def __init__(self, Handle handle):
         self.handle = handle
         self.lock = threading.RLock()  # re-entrant: a finalizer may remove a slot
-        self.slots = {}
+        self.slots = weakref.WeakValueDictionary()  # or a dropped VM would wait for the garbage collector
         self.rings = []
 
     def use_rings(self, entries):
@@ -107,6 +131,8 @@ cdef class DirtyLog:
         cdef uint64_t entries = 0
         cdef Bits *bits
         cdef Ring *c
+        cdef int taken
+        self.handle.check()
         with self.lock:
             rings, slots = list(self.rings), list(self.slots.values())
             if not rings:
@@ -124,18 +150,24 @@ cdef class DirtyLog:
                     c = &ring.ring
                     with nogil:
                         entries += harvest(c, bits, count)
-                if entries and self.handle.fd >= 0:
-                    self.handle.call_value("KVM_RESET_DIRTY_RINGS", KVM_RESET_DIRTY_RINGS, 0)
+                self.owed += entries
+                while self.owed and self.handle.fd >= 0:
+                    with nogil:
+                        taken = kvmexit_reset_dirty_rings(self.handle.fd)
+                    if taken < 0:
+                        raise KvmError(-taken, "KVM_RESET_DIRTY_RINGS")
+                    self.owed = self.owed - taken if 0 < <uint64_t>taken < self.owed else 0
             finally:
                 free(bits)
                 self.handle.users -= 1
         return entries
 
     def close(self):
-        """The VM is gone: KVM reads the rings no more."""
-        with self.lock:
-            self.slots.clear()
-            self.rings.clear()
+        """The VM is gone: KVM reads the rings no more. In a forked child the lock may be a thread's that is not there."""
+        if self.handle.forks == forks():
+            with self.lock:
+                self.slots.clear()
+                self.rings.clear()
 
 
 @cython.final
@@ -172,6 +204,7 @@ cdef class SlotDirty:
         cdef size_t size = (self.bits.pages + 63) // 64 * 8
         cdef bytearray bitmap = bytearray(size)
         cdef uint8_t[::1] view = bitmap
+        self.log.handle.check()  # before the lock: a forked child may have it locked for ever
         with self.log.lock:
             self.check()
             if self.log.entries:
@@ -195,6 +228,7 @@ cdef class SlotDirty:
         memset(&argument, 0, sizeof(argument))
         argument.slot, argument.first_page, argument.num_pages = self.bits.number, begin, end - begin
         argument.dirty_bitmap = &view[0]
+        self.log.handle.check()
         with self.log.lock:
             self.check()
             if self.log.handle.fd >= 0:

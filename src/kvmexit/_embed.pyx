@@ -22,7 +22,7 @@ from kvmexit._page cimport (
     KVMEXIT_REQUEST_CLOSED, KVMEXIT_REQUEST_KICK, flush_registers, kvmexit_begin_use, kvmexit_claim, kvmexit_end_use,
     kvmexit_requests, kvmexit_vcpu,
 )
-from kvmexit._routes cimport kvmexit_end_native, kvmexit_key
+from kvmexit._routes cimport kvmexit_end_native, kvmexit_is_present, kvmexit_key
 from kvmexit._stats cimport KVMEXIT_CALLER, KVMEXIT_ERROR, KVMEXIT_NATIVE, kvmexit_settle
 
 cdef extern from "Python.h":
@@ -97,13 +97,16 @@ cdef Outcome offer_again(kvmexit_vcpu *c) noexcept nogil:
     if outcome == STOPPED:
         c.chain = NULL
         kvmexit_end_native(c)
+    elif outcome == AGAIN:
+        kvmexit_settle(c.stats, KVMEXIT_NATIVE)
     return outcome
 
 
 cdef Outcome finish(kvmexit_vcpu *c, Outcome outcome) noexcept nogil:
     """An exit that no native handler took: whose it is, Python's (then it stays unsettled) or the caller's. Before that a
     handler that has not finished is called until it has, or something is asked of this vCPU (as in Vcpu.unfinished): KICKED,
-    TIMED_OUT or PAUSED, and the exit is offered again. AGAIN: it took the exit."""
+    TIMED_OUT or PAUSED, and the exit is offered again. Who removes a route waits for the table, so where there is a newer one
+    it goes on with that. AGAIN: it took the exit."""
     cdef Outcome asked
     while (outcome == EXIT or outcome == FAULT) and c.chain.call != NULL:
         asked = interrupted(c, False)
@@ -111,7 +114,11 @@ cdef Outcome finish(kvmexit_vcpu *c, Outcome outcome) noexcept nogil:
             c.chain = NULL
             kvmexit_end_native(c)
             return asked
-        outcome = go_down(c, outcome, kvmexit_key(c))
+        if kvmexit_is_present(c):
+            outcome = go_down(c, outcome, kvmexit_key(c))
+        else:
+            kvmexit_end_native(c)
+            outcome = dispatch_natively(c, outcome)
     if outcome == AGAIN:
         kvmexit_settle(c.stats, KVMEXIT_NATIVE)
         c.unsettled = False  # and the table is out of use
@@ -242,6 +249,8 @@ cdef int convert_steps(kvmexit_vcpu *c, uint64_t first, uint64_t last, bint priv
                 if result.at == last:
                     return 0
                 at = result.at + 1
+        if result.step != DONE and result.step != BUSY:
+            reached[0] = result.at - first
         if result.step == NO_SLOT or result.step == NO_PRIVATE_SIDE:
             return ENXIO
         if result.step == UNDECIDED_DISCARD:
@@ -259,6 +268,8 @@ cdef kvmexit_vcpu *vcpu_of(void *thing) except NULL:
     """With the GIL held."""
     if not isinstance(<object>thing, Vcpu):
         raise TypeError(f"a kvmexit.Vcpu has a C side, not {<object>thing!r}")
+    if (<Vcpu><object>thing).c == NULL:
+        raise TypeError("a Vcpu that vm.create_vcpu() did not make")
     return (<Vcpu><object>thing).c
 
 

@@ -17,7 +17,7 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from kvmexit._page cimport Page, kvmexit_disown, kvmexit_seq, kvmexit_vcpu
+from kvmexit._page cimport Page, kvmexit_disown, kvmexit_seq, kvmexit_stats, kvmexit_vcpu
 from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_HYPERV_HCALL, KVM_EXIT_HYPERV_SYNDBG, KVM_EXIT_HYPERV_SYNIC, KVM_EXIT_INTR,
     KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_INTERNAL_ERROR_EMULATION,
@@ -25,6 +25,10 @@ from kvmexit._uapi cimport (
     KVM_HC_MAP_GPA_RANGE, kvm_run,
 )
 from kvmexit.errors import NotPendingError
+
+cdef extern from "_stats.h" nogil:  # of _stats.pyx only this: it imports this module
+    const int KVMEXIT_CALLER
+    void kvmexit_settle(kvmexit_stats *, int)
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject *) nogil
@@ -185,7 +189,8 @@ cdef class Exit:
                 if settles:
                     c.answered = True
                     if held:
-                        c.unsettled = False  # answered by hand after its handler raised
+                        kvmexit_settle(c.stats, KVMEXIT_CALLER)
+                        c.unsettled = False  # answered by hand after its handler raised, or where a C run left it to Python
             if held:
                 kvmexit_disown(c)
         if not current:

@@ -425,9 +425,9 @@ cdef Outcome stand_still(kvmexit_vcpu *c) noexcept nogil:
     cdef uint32_t seen
     while True:
         seen = kvmexit_requests(c)  # P10
-        if seen & (KVMEXIT_REQUEST_KICK | KVMEXIT_REQUEST_CLOSED):
+        if seen & KVMEXIT_REQUEST_CLOSED or (seen & KVMEXIT_REQUEST_KICK and seen & KVMEXIT_REQUEST_PAUSE):
             kvmexit_consume_kick(c)
-            outcome = KICKED
+            outcome = KICKED  # a kick without a pause is the burst's: it enters once, so that what is pending completes
         elif not seen & KVMEXIT_REQUEST_PAUSE:
             outcome = AGAIN
         elif kvmexit_now_ns() >= c.deadline_ns:
@@ -818,10 +818,16 @@ cdef class Vcpu:
     def pending(self):
         """The exit whose operation KVM has not completed, or that still has to be answered; None where nothing pends."""
         cdef kvmexit_vcpu *c = &self.page.c
+        cdef bint held
         self.page.check_mine()
-        if c.completes or c.unsettled or (c.needs and not c.answered):
-            return self.current()
-        return None
+        held = self.page.hold()  # what is looked at here must not become another exit's payload
+        try:
+            if c.completes or c.unsettled or (c.needs and not c.answered):
+                return self.current()
+            return None
+        finally:
+            if held:
+                let_go(c)  # the GIL may have been released, so pause() may have seen us
 
     # ---- registers ----
 
@@ -848,17 +854,22 @@ cdef class Vcpu:
 
     @sync.setter
     def sync(self, classes):
+        cdef kvmexit_vcpu *c = &self.page.c
+        cdef int wanted = classes
+        cdef bint held, shows = wanted & REGS and self.vm.type not in _HIDDEN
         self.page.check_mine()
-        if classes & ~self.page.c.syncable:
+        if wanted & ~c.syncable:
             raise ValueError(
-                f"register classes {classes:#x}: this kernel can copy {self.page.c.syncable:#x} (KVM_CAP_SYNC_REGS)")
-        self.page.c.synced = classes
-        self.page.c.regs_synced = classes & REGS != 0
-        self.page.c.run.kvm_valid_regs = classes
-        if classes & REGS and self.vm.type not in _HIDDEN:
-            self.page.c.rip = &self.page.c.run.s.regs.regs.rip
-        else:
-            self.page.c.rip = &kvmexit_no_rip
+                f"register classes {classes:#x}: this kernel can copy {c.syncable:#x} (KVM_CAP_SYNC_REGS)")
+        held = self.page.hold()
+        c.synced = wanted
+        c.regs_synced = wanted & REGS != 0
+        c.run.kvm_valid_regs = wanted
+        c.rip = &kvmexit_no_rip
+        if shows:
+            c.rip = &c.run.s.regs.regs.rip
+        if held:
+            kvmexit_disown(c)
 
     @property
     def cr8(self):
@@ -868,17 +879,25 @@ cdef class Vcpu:
 
     @cr8.setter
     def cr8(self, value):
+        cdef bint held
         self.page.check_mine()
         if not 0 <= value <= 15:
             raise ValueError(f"cr8 {value} is not in 0..15")
-        self.page.c.run.cr8 = value
+        held = self.page.hold()
+        self.page.c.run.cr8 = <int>value
+        if held:
+            kvmexit_disown(&self.page.c)
 
     # ---- interrupts ----
 
     def request_irq_window(self):
         """Exit with IrqWindowOpen as soon as the guest can take an interrupt; once."""
+        cdef bint held
         self.page.check_mine()
+        held = self.page.hold()
         self.page.c.run.request_interrupt_window = 1
+        if held:
+            kvmexit_disown(&self.page.c)
 
     def interrupt(self, vector):
         """Inject an interrupt (KVM_INTERRUPT; without an in-kernel interrupt controller)."""
@@ -1036,6 +1055,7 @@ def time_entries(Vcpu vcpu not None, size_t count):
                 c.error = -c.enter(c)
                 after = kvmexit_now_ns()
                 c.entries += 1
+                kvmexit_drain_coalesced(c)
                 if c.error == EINTR:
                     c.completes = False
                     if kvmexit_acknowledge(c) or after >= c.deadline_ns:

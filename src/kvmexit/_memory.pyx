@@ -380,12 +380,13 @@ cdef class Memory:
                 self._insert(gone)
                 raise
             self.change_slots([], [gone])
-            if gone.dirty_ is not None:
-                self.dirty_log.forget(gone.dirty_)
-                gone.dirty_ = None
-            self._release_number(gone.number)
-            gone.view_ = gone.mapping = gone.conversions = None
-            gone.close_fd()
+            try:
+                if gone.dirty_ is not None:
+                    self.dirty_log.forget(gone.dirty_)
+            finally:  # KVM has it no more
+                self._release_number(gone.number)
+                gone.view_ = gone.mapping = gone.conversions = gone.dirty_ = None
+                gone.close_fd()
 
     def convert(self, gpa, size, *, private):
         """Make `size` bytes from guest-physical `gpa` private, or shared: attributes first, then the data of the side that
@@ -694,9 +695,11 @@ cdef class Memory:
                 raise
             slot.conversions = self.conversions
         except BaseException as error:
-            if slot.dirty_ is not None:
-                self.dirty_log.forget(slot.dirty_)
-            self._release_number(number)
+            try:
+                if slot.dirty_ is not None:
+                    self.dirty_log.forget(slot.dirty_)
+            finally:
+                self._release_number(number)
             if not isinstance(error, KvmError):
                 raise
             if slot.region.gmem_fd >= 0 and error.errno == errnos.EINVAL:

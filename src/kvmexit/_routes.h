@@ -77,6 +77,12 @@ static inline const struct kvmexit_table *kvmexit_begin_native(struct kvmexit_vc
     return (const struct kvmexit_table *)__atomic_load_n(v->cell, __ATOMIC_ACQUIRE);
 }
 
+/* Whether the table in use still is the present one. It cannot be freed meanwhile, so no other has its address. */
+static inline int kvmexit_is_present(const struct kvmexit_vcpu *v)
+{
+    return __atomic_load_n(v->cell, __ATOMIC_ACQUIRE) == (const void *)v->table;
+}
+
 static inline void kvmexit_end_native(struct kvmexit_vcpu *v)
 {
     __atomic_store_n(&v->native, v->native + 1, __ATOMIC_RELEASE); /* R3: after the last use */

@@ -7,6 +7,7 @@ from kvmexit._page cimport Page, kvmexit_vcpu
 cdef extern from "_routes.h" nogil:
     const kvmexit_table *kvmexit_begin_native(kvmexit_vcpu *)
     void kvmexit_end_native(kvmexit_vcpu *)
+    bint kvmexit_is_present(const kvmexit_vcpu *)
     uint64_t kvmexit_key(const kvmexit_vcpu *)
     const kvmexit_route *kvmexit_find(kvmexit_vcpu *, const kvmexit_table *, uint64_t key)
 

@@ -207,7 +207,7 @@ static inline int64_t kvmexit_serial_now_ms(void)
 /*
  * Wait for room, or for an error that write(2) will name. 0: whoever reads does not, and the vCPU is wanted elsewhere: kicks,
  * time-outs, pauses and the main thread's tick set immediate_exit, and end a poll(2) (never restarted, which a write(2) is).
- * Of a posted write there is no `run`: others may be waiting for who drains it, so it counts as wanted.
+ * Of a posted write there is no `run`: every vCPU of the VM waits for who drains it, so it does not wait at all.
  */
 static inline int kvmexit_serial_wait(const struct kvmexit_serial *s, const struct kvm_run *run)
 {
@@ -216,13 +216,14 @@ static inline int kvmexit_serial_wait(const struct kvmexit_serial *s, const stru
     room.fd = s->fd;
     room.events = POLLOUT;
     for (;;) {
-        int found = poll(&room, 1, KVMEXIT_SERIAL_TICK_MS);
+        int found = poll(&room, 1, run == NULL ? 0 : KVMEXIT_SERIAL_TICK_MS);
         if (found > 0 || (found < 0 && errno != EINTR))
             return 1;
         if (begun == 0)
             begun = kvmexit_serial_now_ms();
-        if ((run == NULL || __atomic_load_n(&run->immediate_exit, __ATOMIC_RELAXED))
-            && kvmexit_serial_now_ms() - begun >= KVMEXIT_SERIAL_PATIENCE_MS)
+        if (run == NULL
+            || (__atomic_load_n(&run->immediate_exit, __ATOMIC_RELAXED)
+                && kvmexit_serial_now_ms() - begun >= KVMEXIT_SERIAL_PATIENCE_MS))
             return 0;
     }
 }

@@ -232,11 +232,12 @@ static inline void kvmexit_snapshot(const struct kvmexit_stats *s, uint64_t word
     const uint64_t *from = &s->counts[0][0], recorded = __atomic_load_n(&s->recorded, __ATOMIC_ACQUIRE);
     const struct kvmexit_record *r = &s->ring[(recorded - 1) % KVMEXIT_RING];
     const int pending = kvmexit_get(&r->outcome) == KVMEXIT_PENDING; /* looked at first: then `counts` has it */
+    const size_t at = kvmexit_get(&r->place) * KVMEXIT_OUTCOMES + KVMEXIT_ALL; /* perhaps another's by now, for a slow reader */
     size_t i;
     for (i = 0; i < KVMEXIT_WORDS; i++)
         words[i] = kvmexit_get(&from[i]);
-    if (pending)
-        words[kvmexit_get(&r->place) * KVMEXIT_OUTCOMES + KVMEXIT_ALL]--;
+    if (pending && words[at])
+        words[at]--;
 }
 
 /* Copy the last records, oldest first; -> how many. */

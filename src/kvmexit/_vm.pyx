@@ -332,6 +332,8 @@ cdef class VM:
         cdef Page page
         from kvmexit._loop import Vcpu
         self.handle.check()
+        if self.memory.dirty_log.entries:
+            raise Error("this VM has dirty rings, and an adopted vCPU's would not be collected: use create_vcpu()")
         page = map_vcpu(os.dup(fd), self.run_size)
         page.handle.call("KVM_SET_SIGNAL_MASK", KVM_SET_SIGNAL_MASK, NULL)
         page.borrowed = True
@@ -511,13 +513,13 @@ cdef class VM:
         The handler is also a route (on_mmio()): reads, writes that are not wholly inside, and writes that find the ring full
         (169 are in it) are exits, and come to it after those that were posted before.
 
-        Raises TypeError for a handler in Python, ValueError for a range that is empty, wraps, is larger than 4 GiB or
+        Raises TypeError for a handler in Python, ValueError for a range that is empty, wraps, is 2 GiB or larger or
         overlaps another such zone, Error in an adopted VM (its owner drains the ring), KvmError where KVM refuses.
         Source: Documentation/virt/kvm/api.rst, KVM_(UN)REGISTER_COALESCED_MMIO.
         """
         gpa, last = _span(gpa, size, UINT64_MAX, "gpa")
-        if last - gpa > 0xfffffffe:
-            raise ValueError(f"size {size:#x} is more than KVM takes, 0xffffffff: use several zones")
+        if last - gpa > 0x7ffffffe or last == UINT64_MAX:  # KVM keeps the size in an int, and looks at where the zone ends
+            raise ValueError(f"gpa {gpa:#x}, size {size:#x}: KVM takes zones of up to 0x7fffffff bytes, before the last byte there is")
         return self._coalesce(False, gpa, last, handler)
 
     def coalesce_pio(self, port, count, handler):

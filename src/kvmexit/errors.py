@@ -108,7 +108,7 @@ _HINTS = {
     ("KVM_SET_SREGS", errnos.EINVAL): "control registers and segments contradict each other, or CPUID lacks the mode",
     ("KVM_CREATE_GUEST_MEMFD", errnos.EINVAL): "this kernel or VM type does not take these gmem_flags",
     ("KVM_IOEVENTFD", errnos.EEXIST): "another ioeventfd has these writes: remove it first, or match other values",
-    ("KVM_IOEVENTFD", errnos.ENOSPC): "no more fit (1000 in all on each of the two buses): serve some by routes",
+    ("KVM_IOEVENTFD", errnos.ENOSPC): "too many devices on the bus: remove coalesced zones",
     ("KVM_IRQFD", errnos.EINVAL): "call vm.create_irqchip() first, before the first vCPU",
     ("KVM_IRQFD", errnos.EAGAIN): "call vm.create_irqchip() first, before the first vCPU",
     ("KVM_IRQFD", errnos.EBUSY): "the eventfd raises a line already: use one for each line",

@@ -17,7 +17,7 @@
  *         api->answer(v);
  *
  * A `struct kvmexit_vcpu *` is good for as long as its Vcpu exists: hold a reference to that, and let go of it with the GIL
- * when no call is under way. Closing the VM only makes the calls say -EBADF. The rules of Vcpu.run() hold here, too: an exit that
+ * when no call is under way. Closing the VM only makes them say -EBADF. The rules of Vcpu.run() hold here, too: an exit that
  * owes an answer is returned again until it has one, and vm.pause(), kick() and close() reach the thread; docs/embedding.md.
  * C11 and C++11.
  */
@@ -39,7 +39,8 @@ struct kvmexit_vcpu; /* a Vcpu, as the calls below see it */
 /* What run() says, where nothing failed. */
 enum {
     KVMEXIT_RUN_EXIT = 0,      /* an exit that no handler took, or one said KVMEXIT_STOP: as Vcpu.run() returns it */
-    KVMEXIT_RUN_PYTHON = 1,    /* an exit whose next handler is Python's: answer() it, or have Python call vcpu.run() */
+    KVMEXIT_RUN_PYTHON = 1,    /* an exit that goes to the handlers again, Python's among them: answer() it, or have Python
+                                  call vcpu.run() */
     KVMEXIT_RUN_KICKED = 2,    /* once for all kicks before; also where the VM is being closed */
     KVMEXIT_RUN_TIMED_OUT = 3,
     KVMEXIT_RUN_LOOPING = 4,   /* a fault came vcpu.fault_limit times in a row, and nothing was repaired between */
@@ -48,7 +49,7 @@ enum {
 
 /*
  * The calls return 0 (or what is said) or a negative errno. Of them all:
- *   -EBADF    the VM is closed
+ *   -EBADF    the VM is closed (but kick(), which then does nothing)
  *   -EBUSY    another thread runs the vCPU, Python's or not (answer() and exit() of another thread count for a moment)
  *   -ECHILD   it belongs to the process that this one was forked from
  */

@@ -76,5 +76,6 @@ def cythonized():
 
 setup(
     ext_modules=cythonized(),
-    options={"bdist_wheel": {"py_limited_api": "cp312"}} if stable_abi() else {},
+    options={"build_ext": {"parallel": os.cpu_count()}}
+    | ({"bdist_wheel": {"py_limited_api": "cp312"}} if stable_abi() else {}),
 )

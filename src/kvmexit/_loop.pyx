@@ -855,12 +855,14 @@ cdef class Vcpu:
     @sync.setter
     def sync(self, classes):
         cdef kvmexit_vcpu *c = &self.page.c
-        cdef int wanted = classes
-        cdef bint held, shows = wanted & REGS and self.vm.type not in _HIDDEN
+        cdef int wanted
+        cdef bint held, shows
         self.page.check_mine()
-        if wanted & ~c.syncable:
+        if classes & ~c.syncable:
             raise ValueError(
                 f"register classes {classes:#x}: this kernel can copy {c.syncable:#x} (KVM_CAP_SYNC_REGS)")
+        wanted = classes
+        shows = wanted & REGS and self.vm.type not in _HIDDEN
         held = self.page.hold()
         c.synced = wanted
         c.regs_synced = wanted & REGS != 0

@@ -33,8 +33,8 @@ cdef extern from *:
     #define kvmexit_store_flags(entry, value) __atomic_store_n(&(entry)->flags, value, __ATOMIC_RELEASE)
 
     /*
-     * -> how many entries KVM took back, or -errno. A kick or a tick must not interrupt it: newer kernels then take back a part,
-     * and forget to protect pages of what they took (virt/kvm/dirty_ring.c, kvm_dirty_ring_reset).
+     * -> how many entries KVM took back, or -errno. A kick or a tick must not interrupt it: newer kernels then take back a
+     * part, and forget to protect pages of what they took (virt/kvm/dirty_ring.c, kvm_dirty_ring_reset).
      */
     static int kvmexit_reset_dirty_rings(int fd)
     {

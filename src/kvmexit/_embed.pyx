@@ -105,8 +105,8 @@ cdef Outcome offer_again(kvmexit_vcpu *c) noexcept nogil:
 cdef Outcome finish(kvmexit_vcpu *c, Outcome outcome) noexcept nogil:
     """An exit that no native handler took: whose it is, Python's (then it stays unsettled) or the caller's. Before that a
     handler that has not finished is called until it has, or something is asked of this vCPU (as in Vcpu.unfinished): KICKED,
-    TIMED_OUT or PAUSED, and the exit is offered again. Who removes a route waits for the table, so where there is a newer one
-    it goes on with that. AGAIN: it took the exit."""
+    TIMED_OUT or PAUSED, and the exit is offered again. Who removes a route waits for the table, so where there is a newer
+    one it goes on with that. AGAIN: it took the exit."""
     cdef Outcome asked
     while (outcome == EXIT or outcome == FAULT) and c.chain.call != NULL:
         asked = interrupted(c, False)

@@ -519,7 +519,8 @@ cdef class VM:
         """
         gpa, last = _span(gpa, size, UINT64_MAX, "gpa")
         if last - gpa > 0x7ffffffe or last == UINT64_MAX:  # KVM keeps the size in an int, and looks at where the zone ends
-            raise ValueError(f"gpa {gpa:#x}, size {size:#x}: KVM takes zones of up to 0x7fffffff bytes, before the last byte there is")
+            raise ValueError(
+                f"gpa {gpa:#x}, size {size:#x}: KVM takes zones of up to 0x7fffffff bytes, before the last byte there is")
         return self._coalesce(False, gpa, last, handler)
 
     def coalesce_pio(self, port, count, handler):

@@ -34,7 +34,11 @@ def grows(exits):
         return count() - before
 
 grows(1000)
-print(grows(20_000) - grows(10_000))
+for _ in range(5):  # the interpreter itself keeps a block now and then: an exit's would be there each time
+    more = grows(20_000) - grows(10_000)
+    if more == 0:
+        break
+print(more)
 """
 
 

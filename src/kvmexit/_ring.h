@@ -29,6 +29,7 @@
 #include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -274,8 +275,13 @@ static inline uint64_t kvmexit_ring_drain(struct kvmexit_ring *r, struct kvmexit
 /* Nothing was found: be called when there is something. -> whether there is already. */
 static inline int kvmexit_ring_rest(struct kvmexit_ring *r)
 {
+    const int64_t until = kvmexit_ring_now_ms() + KVMEXIT_RING_PATIENCE_MS;
     int found = 0;
     pthread_mutex_lock(&r->lock);
+    /* Who rings has written to the eventfd, or is about to, and stores RUNG next. Who waits for edges may have had this one, and
+       comes to no other unless it is armed: so wait. The limit is for an eventfd of the caller's that blocks. */
+    while (__atomic_load_n(&r->bell, __ATOMIC_ACQUIRE) == KVMEXIT_RINGING && kvmexit_ring_now_ms() < until)
+        sched_yield();
     if (__atomic_load_n(&r->bell, __ATOMIC_ACQUIRE) == KVMEXIT_RUNG) {
         eventfd_t value;
         if (r->is_read)

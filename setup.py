@@ -67,6 +67,7 @@ def cythonized():
     return cythonize(
         extensions(),
         build_dir="build",
+        nthreads=os.cpu_count(),
         include_path=["src"],
         compiler_directives={"language_level": "3", "auto_pickle": False, "nonecheck": True,
                              "linetrace": "coverage" in chosen()},

@@ -11,7 +11,8 @@ struct job {
     const struct kvmexit_api *api;
     struct kvmexit_vcpu *vcpu;
     uint64_t timeout_ns;
-    uint32_t drives;   /* answer exits, and go on until something else comes; what is read is 0x5a */
+    uint32_t drives;   /* 1: answer exits, and go on until something else comes; what is read is 0x5a. 2: others drive the
+                          vCPU too, so that an exit may be theirs by the time it is looked at: it is answered unseen */
     uint32_t stop;     /* atomic; of `drives`: also past kicks, time-outs and -EBUSY, until this is set */
     int32_t what;      /* what the last run() said */
     uint32_t attached; /* the thread had a thread state */
@@ -23,12 +24,12 @@ struct job {
 
 static int once(struct job *job)
 {
-    const struct kvmexit_exit *exit;
-    job->what = job->api->run(job->vcpu, job->timeout_ns, &exit);
+    const struct kvmexit_exit *exit = NULL;
+    job->what = job->api->run(job->vcpu, job->timeout_ns, job->drives == 2 ? NULL : &exit);
     job->exited = exit != NULL;
     if (exit)
         job->exit = *exit;
-    job->exits += job->exited;
+    job->exits += job->what == KVMEXIT_RUN_EXIT || job->what == KVMEXIT_RUN_PYTHON;
     job->kicks += job->what == KVMEXIT_RUN_KICKED;
     job->busy += job->what == -16;
     return job->what;
@@ -46,9 +47,9 @@ static void *body(void *opaque)
     for (;;) {
         int what = once(job);
         if (what == KVMEXIT_RUN_EXIT || what == KVMEXIT_RUN_PYTHON) {
-            if (job->exit.data && !job->exit.is_write)
+            if (job->exited && job->exit.data && !job->exit.is_write)
                 memset(job->exit.data, 0x5a, job->exit.size * job->exit.count);
-            if (job->exit.owes || what == KVMEXIT_RUN_PYTHON)
+            if (!job->exited || job->exit.owes || what == KVMEXIT_RUN_PYTHON)
                 job->api->answer(job->vcpu); /* -EBUSY: another time */
         } else if (__atomic_load_n(&job->stop, __ATOMIC_SEQ_CST) != 1) /* 0: until something else; 1: go on; 2: stop */
             break;

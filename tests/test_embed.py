@@ -704,9 +704,9 @@ def test_runs_pauses_kicks_and_python_at_once(scripted, begin):
     scripted.on_pio(1, 1, native.Ignore())
     steps = [pio_out(1, b"x")] * 20 + [pio_in(2), memory_fault(0x4000, private=True), ScriptStep(spin=True)]
     vcpus = [scripted.create_vcpu(i, steps, repeat=FOR_EVER, keep=False) for i in range(2)]
-    jobs = [begin(vcpu, 2_000_000, drives=True, stop=1) for vcpu in vcpus for _ in range(2)]
+    jobs = [begin(vcpu, 2_000_000, drives=2, stop=1) for vcpu in vcpus for _ in range(2)]
     often = scripted.create_vcpu(2, [hlt()], repeat=FOR_EVER, keep=False)  # begins and ends all the time
-    jobs.append(begin(often, 0, drives=True, stop=1))
+    jobs.append(begin(often, 0, drives=2, stop=1))
     over, mistakes, written = threading.Event(), [], [0]
 
     def runs():

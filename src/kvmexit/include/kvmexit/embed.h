@@ -63,7 +63,8 @@ struct kvmexit_api {
     /*
      * Run the guest; native handlers answer, as in Vcpu.run(). timeout_ns: KVMEXIT_FOREVER, or nanoseconds; 0 completes
      * what is pending and comes back. `exit` (or NULL) becomes the exit, or NULL where there is none: valid until the next
-     * run(). While the VM is paused it waits, for resume(), a kick, or the time-out.
+     * run(), whoever's: threads that take turns at a vCPU agree among themselves from run() to answer(). While the VM is
+     * paused it waits, for resume(), a kick, or the time-out.
      * -EDEADLK: this thread is inside a run() already. -EAGAIN: no timer. -EPROTO: KVM_RUN gave no exit reason, a thousand
      * times in a row. Else the errno of KVM_RUN, or of KVM refusing registers that Python wrote. What was pending still is.
      */

@@ -13,10 +13,10 @@ from kvmexit._convert cimport (
     BUSY, DONE, NO_BACKEND, NO_PRIVATE_SIDE, NO_SLOT, UNDECIDED_DISCARD, Converter, Result, convert_chunk, examine,
 )
 from kvmexit._exits cimport UNKNOWN
+from kvmexit._dispatch cimport describe, dispatch_natively, go_down
 from kvmexit._loop cimport (
     AGAIN, BROKEN, DRAINED, EXIT, FAILED, FAULT, KICKED, LOOK, LOOPING, PAUSED, STOPPED, TIMED_OUT, UNWRITTEN,
-    Outcome, Vcpu, ask_natively, begin_natively, describe, dispatch_natively, end_run, enter_natively, go_down, interrupted,
-    let_go, stand_still,
+    Outcome, Vcpu, ask_natively, begin_natively, end_run, enter_natively, interrupted, let_go, stand_still,
 )
 from kvmexit._page cimport (
     KVMEXIT_REQUEST_CLOSED, KVMEXIT_REQUEST_KICK, flush_registers, kvmexit_begin_use, kvmexit_claim, kvmexit_end_use,

@@ -51,9 +51,6 @@ cdef class Vcpu:
 
 cdef Outcome triage(int error, uint32_t reason) noexcept nogil
 cdef Outcome interrupted(kvmexit_vcpu *c, bint drain) noexcept nogil
-cdef Outcome dispatch_natively(kvmexit_vcpu *c, Outcome outcome) noexcept nogil
-cdef Outcome go_down(kvmexit_vcpu *c, Outcome outcome, uint64_t key) noexcept nogil
-cdef void describe(kvmexit_vcpu *c, kvmexit_exit *exit, uint64_t key) noexcept nogil
 cdef int begin_natively(kvmexit_vcpu *c, uint64_t timeout_ns) noexcept nogil
 cdef Outcome enter_natively(kvmexit_vcpu *c, bint drain) noexcept nogil
 cdef Outcome stand_still(kvmexit_vcpu *c) noexcept nogil

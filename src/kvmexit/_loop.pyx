@@ -17,10 +17,9 @@ from libc.errno cimport EAGAIN, EBADF, EBUSY, ECHILD, EFAULT, EINTR, ENOMEM, err
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from kvmexit._chain cimport (
-    KVMEXIT_API_VERSION, KVMEXIT_DONE, KVMEXIT_LATER, KVMEXIT_PASS, KVMEXIT_STOP, kvmexit_exit, kvmexit_route,
-)
+from kvmexit._chain cimport KVMEXIT_DONE, KVMEXIT_LATER, KVMEXIT_PASS, KVMEXIT_STOP, kvmexit_exit, kvmexit_route
 from kvmexit._convert cimport Converter, has_state, kvmexit_generation
+from kvmexit._dispatch cimport call_natively, describe, dispatch_natively
 from kvmexit._exits cimport (
     PLACES, UNEXPLAINED, Exit, Interrupted, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make,
     make_interrupted,
@@ -38,9 +37,8 @@ from kvmexit._stats cimport (
     kvmexit_remember, kvmexit_settle,
 )
 from kvmexit._uapi cimport (
-    KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
-    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GET_REGS, KVM_INTERRUPT, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_NMI, KVM_RUN,
-    KVMEXIT_REASON_SENTINEL, kvm_interrupt, kvm_regs, kvm_run,
+    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_GET_REGS, KVM_INTERRUPT,
+    KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_NMI, KVM_RUN, KVMEXIT_REASON_SENTINEL, kvm_interrupt, kvm_regs,
 )
 from kvmexit._vcpus cimport paused_by, stopped_one
 from kvmexit._vm cimport VM
@@ -191,89 +189,6 @@ cdef void note_generation(kvmexit_vcpu *c) noexcept nogil:
     if c.generation != generation:
         c.generation = generation
         c.fault_count = 0  # something was done about it
-
-
-cdef Outcome dispatch_natively(kvmexit_vcpu *c, Outcome outcome) noexcept nogil:
-    """Offer the exit in hand to the native handlers that come before Python's. AGAIN: one took it; STOPPED, BROKEN, or
-    `outcome`, where it is Python's or nobody's. Unless it is AGAIN, the table stays in use until enter() holds it."""
-    cdef uint64_t key
-    key = kvmexit_key(c)
-    c.answered = False
-    c.table = kvmexit_begin_native(c)
-    c.chain = kvmexit_find(c, c.table, key)
-    return outcome if c.chain.call == NULL else go_down(c, outcome, key)
-
-
-cdef Outcome go_down(kvmexit_vcpu *c, Outcome outcome, uint64_t key) noexcept nogil:
-    """The same from `c.chain` on, a native handler."""
-    cdef kvmexit_exit exit
-    cdef int verdict
-    describe(c, &exit, key)
-    while c.chain.call != NULL:
-        verdict = call_natively(c, &exit)
-        if verdict == KVMEXIT_DONE:
-            kvmexit_end_native(c)
-            return AGAIN
-        if verdict == KVMEXIT_STOP:
-            return STOPPED
-        if verdict == KVMEXIT_LATER:
-            return outcome
-        if verdict != KVMEXIT_PASS:
-            return BROKEN
-    return outcome
-
-
-cdef int call_natively(kvmexit_vcpu *c, kvmexit_exit *exit) noexcept nogil:
-    """Offer the exit to the native handler whose turn it is. -> its verdict."""
-    cdef const kvmexit_route *route = c.chain
-    cdef int verdict
-    exit.base = route.first
-    verdict = route.call(exit, route.opaque)
-    if verdict == KVMEXIT_DONE:
-        c.answered = True
-        c.chain = NULL
-    else:
-        c.chain = route if verdict == KVMEXIT_LATER else route + 1
-    return verdict
-
-
-cdef void describe(kvmexit_vcpu *c, kvmexit_exit *exit, uint64_t key) noexcept nogil:
-    """The exit in hand as native handlers see it (include/kvmexit/kvmexit.h)."""
-    cdef kvm_run *run = c.run
-    exit.version = KVMEXIT_API_VERSION
-    exit.reason = c.reason
-    exit.error = c.error
-    exit.vcpu = c.id
-    exit.address = key
-    exit.size = 0
-    exit.count = 1
-    exit.is_write = 0
-    exit.owes = c.needs
-    exit.reserved = 0
-    exit.data = NULL
-    exit.flags = 0
-    exit.run = run
-    if c.place == KVM_EXIT_IO:
-        exit.size = run.io.size
-        exit.count = run.io.count
-        exit.is_write = run.io.direction == KVM_EXIT_IO_OUT
-        exit.data = <char *>run + run.io.data_offset
-    elif c.place == KVM_EXIT_MMIO:
-        exit.size = run.mmio.len
-        exit.is_write = run.mmio.is_write
-        exit.data = run.mmio.data
-    elif c.place == KVM_EXIT_MEMORY_FAULT:
-        exit.size = run.memory_fault.size
-        exit.flags = run.memory_fault.flags
-    elif c.place == KVM_EXIT_HYPERCALL:
-        exit.size = sizeof(run.hypercall.ret)
-        exit.data = &run.hypercall.ret
-        if not c.answered:
-            run.hypercall.ret = 0  # stale bytes in 6.12
-    elif c.place == KVM_EXIT_X86_RDMSR or c.place == KVM_EXIT_X86_WRMSR:
-        exit.size = sizeof(run.msr.data)
-        exit.is_write = c.place == KVM_EXIT_X86_WRMSR
-        exit.data = &run.msr.data
 
 
 cdef bint lost_race(kvmexit_vcpu *c) noexcept nogil:

@@ -2,9 +2,9 @@
 
     python benchmarks/dispatch.py [--json FILE]
 
-Five things run alternately over the same script, so that drift hits all alike: a C loop (enter, sentinel, payload),
-Vcpu.run() with a native handler, the same with times measured (vcpu.timing), the C loop taking the GIL and calling an
-empty Python function, and Vcpu.run() with that function as its handler. Where the guest writes, a sixth: Vcpu.run()
+Six things run alternately over the same script, so that drift hits all alike: a C loop (enter, sentinel, payload),
+Vcpu.run() with a native handler, the same with times measured (vcpu.timing), the same recorded (vcpu.record()), the C loop taking the GIL and calling an
+empty Python function, and Vcpu.run() with that function as its handler. Where the guest writes, a seventh: Vcpu.run()
 with native.Ring, drained after each pass.
 A sample is the mean of one pass over the script, in ns an exit; p50, p99 and max are over the samples.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -91,21 +92,29 @@ def measure(control, steps, function, register):
         "c": lambda vcpu: control.c_loop(vcpu),
         "native": run,
         "timed": run,
+        "recorded": run,
         "c_calling": lambda vcpu: control.c_loop_calling(vcpu, function),
         "kvmexit": run,
     }
     ring = native.Ring(1 << EXITS.bit_length(), vcpus=SAMPLES)  # with a lane for each pass's vCPU, mostly the same one
-    handlers = {"native": native.Ignore()}
+    handlers = {name: native.Ignore() for name in ("native", "recorded")}
     if steps[0] in (testing.pio_out(0x3F8, b"A"), testing.mmio_write(0x1000, b"A")):
         ways["ring"], handlers["ring"] = run, ring
     samples = {name: [] for name in ways}
+    path = Path(tempfile.gettempdir()) / f"kvmexit-{os.getpid()}.trace"
     for _ in range(SAMPLES):
         for name, way in ways.items():
             vcpu = make(steps, handlers.get(name, function), register)
             vcpu.timing = name == "timed"
+            recorder = vcpu.record(path) if name == "recorded" else None
             begun = time.perf_counter_ns()
             way(vcpu)
             samples[name].append((time.perf_counter_ns() - begun) / EXITS)
+            if recorder:
+                recorder.close()
+                path.unlink()
+                if recorder.records <= EXITS:
+                    raise AssertionError("the recording is not whole")
             if name == "ring" and len(ring.drain()) != EXITS:
                 raise AssertionError("the ring did not take every write")
     return samples
@@ -138,7 +147,7 @@ def main():
     result = {"machine": machine(), "exits": EXITS, "samples": SAMPLES, "ns": {}}
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     print(f"{'ns an exit':<14}{'C loop':>22}{'native handler':>22}{'above':>7}{'times measured':>22}"
-          f"{'more':>6}{'ratio':>7}{'C loop calling Python':>24}"
+          f"{'more':>6}{'ratio':>7}{'recorded':>22}{'more':>6}{'C loop calling Python':>24}"
           f"{'Python handler':>24}{'above C loop':>14}{'ratio to calling':>18}{'native.Ring':>22}{'above':>7}")
     for name, (steps, function, register) in SCRIPTS.items():
         samples = measure(control, steps, function, register)
@@ -147,11 +156,12 @@ def main():
         shown = ["{p50:.0f} p99 {p99:.0f} max {max:.0f}".format(**s[way]) for way in s]
         natively = s["native"]["p50"] - s["c"]["p50"]
         timed = s["timed"]["p50"] - s["native"]["p50"]
+        recorded = s["recorded"]["p50"] - s["native"]["p50"]
         above = s["kvmexit"]["p50"] - s["c"]["p50"]
         ratio = s["kvmexit"]["p50"] / s["c_calling"]["p50"]
         print(f"{name:<14}{shown[0]:>22}{shown[1]:>22}{natively:>7.0f}{shown[2]:>22}"
-              f"{timed:>6.0f}{s['timed']['p50'] / s['native']['p50']:>7.2f}{shown[3]:>24}{shown[4]:>24}{above:>14.0f}"
-              f"{ratio:>18.2f}" + (f"{shown[5]:>22}{s['ring']['p50'] - s['c']['p50']:>7.0f}" if "ring" in s else ""))
+              f"{timed:>6.0f}{s['timed']['p50'] / s['native']['p50']:>7.2f}{shown[3]:>22}{recorded:>6.0f}{shown[4]:>24}{shown[5]:>24}{above:>14.0f}"
+              f"{ratio:>18.2f}" + (f"{shown[6]:>22}{s['ring']['p50'] - s['c']['p50']:>7.0f}" if "ring" in s else ""))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
 

@@ -79,12 +79,21 @@ struct kvmexit_trace {
     /* constant */
     char *path; /* of the first part; the others append .1, .2, ... */
     uint32_t keep; /* parts; 0: all */
+    uint32_t oldest; /* under `lock`; the first part that is there */
     struct kvmexit_trace_header header;
 };
 
 static __thread __attribute__((tls_model("initial-exec"))) struct kvmexit_trace *kvmexit_writing;
 static struct sigaction kvmexit_previous_sigbus;
 static uint8_t kvmexit_trace_said[16]; /* by Outcome of _loop.pxd: _record.pyx fills it in */
+
+/* Whose file this thread writes to, from here on: told to the signal handler, so in the program's order. */
+static inline void kvmexit_trace_touch(struct kvmexit_trace *t)
+{
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    kvmexit_writing = t;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+}
 
 /*
  * A page of the file that is not there any more: somebody has cut the file, or the disk fails. The rest of the mapping becomes
@@ -130,11 +139,14 @@ static int kvmexit_watch_sigbus(void)
 
 /* ---- parts: files ---- */
 
-/* Allocate a step of a file beyond `from`, perhaps once more. -> 0, or errno. */
+/* Allocate a step of a file beyond `from`, perhaps once more. -> 0, or why not, as `failed`. */
 static int kvmexit_trace_allocate(struct kvmexit_trace_part *p, uint64_t from, int populate)
 {
     const uint64_t to = p->size - from < KVMEXIT_TRACE_STEP ? p->size : from + KVMEXIT_TRACE_STEP;
     uint64_t ready = from;
+    struct stat now;
+    if (fstat(p->fd, &now) == 0 && (uint64_t)now.st_size < from)
+        return KVMEXIT_TRACE_TRUNCATED; /* growing it again would hide that */
     while (fallocate(p->fd, 0, (off_t)from, (off_t)(to - from)) != 0)
         if (errno != EINTR)
             return errno;
@@ -164,14 +176,26 @@ static void kvmexit_trace_retire(struct kvmexit_trace_part *p)
     p->state = KVMEXIT_PART_EMPTY;
 }
 
+/* Parts that are not to be kept go. With `lock` held, or the helper gone. */
+static void kvmexit_trace_prune(struct kvmexit_trace *t)
+{
+    char name[PATH_MAX + 16];
+    while (t->keep && t->oldest + t->keep <= t->parts[t->active].number) {
+        kvmexit_trace_name(t, t->oldest++, name);
+        unlink(name);
+    }
+}
+
 /* Have the part that is not in use ready for use. With `lock` held. -> 0, or errno. */
 static int kvmexit_trace_prepare(struct kvmexit_trace *t, uint32_t number)
 {
     struct kvmexit_trace_part *p = &t->parts[!t->active];
     char name[PATH_MAX + 16];
     int error;
-    if (p->state == KVMEXIT_PART_DONE)
+    if (p->state == KVMEXIT_PART_DONE) {
         kvmexit_trace_retire(p);
+        kvmexit_trace_prune(t);
+    }
     if (p->state == KVMEXIT_PART_READY)
         return 0;
     kvmexit_trace_name(t, number, name);
@@ -204,10 +228,6 @@ static int kvmexit_trace_prepare(struct kvmexit_trace *t, uint32_t number)
         return error;
     }
     p->state = KVMEXIT_PART_READY;
-    if (t->keep && number >= t->keep) {
-        kvmexit_trace_name(t, number - t->keep, name);
-        unlink(name);
-    }
     return 0;
 }
 
@@ -248,6 +268,7 @@ static int kvmexit_trace_help(struct kvmexit_trace *t)
     const uint64_t ready = __atomic_load_n(&p->ready, __ATOMIC_ACQUIRE);
     if (next->state == KVMEXIT_PART_DONE) {
         kvmexit_trace_retire(next);
+        kvmexit_trace_prune(t);
         return 1;
     }
     if (ready < p->size && ready < __atomic_load_n(&t->reached, __ATOMIC_ACQUIRE) + KVMEXIT_TRACE_AHEAD)
@@ -405,13 +426,13 @@ static int kvmexit_enter_recorded(struct kvmexit_vcpu *v)
     const unsigned how = __atomic_load_n(&v->run->immediate_exit, __ATOMIC_RELAXED) ? KVMEXIT_TRACE_IMMEDIATE : 0;
     uint64_t entered, left;
     int rc;
-    kvmexit_writing = t;
+    kvmexit_trace_touch(t);
     kvmexit_trace_settle(t, v);
     entered = kvmexit_ticks(v->stats);
     rc = t->enter(v);
     left = kvmexit_ticks(v->stats);
     kvmexit_trace_note(t, v, -rc, how, entered, left);
-    kvmexit_writing = NULL;
+    kvmexit_trace_touch(NULL);
     return rc;
 }
 
@@ -446,11 +467,11 @@ static void kvmexit_trace_attach(struct kvmexit_trace *t, struct kvmexit_vcpu *v
     if (pending) {
         const uint64_t now = kvmexit_ticks(v->stats);
         const uint32_t reason = v->run->exit_reason;
-        kvmexit_writing = t;
+        kvmexit_trace_touch(t);
         v->run->exit_reason = v->reason; /* what an entry that failed since has overwritten */
         kvmexit_trace_note(t, v, v->error, KVMEXIT_TRACE_BEGUN, now, now);
         v->run->exit_reason = reason;
-        kvmexit_writing = NULL;
+        kvmexit_trace_touch(NULL);
     }
 }
 
@@ -459,13 +480,13 @@ static void kvmexit_trace_detach(struct kvmexit_trace *t, struct kvmexit_vcpu *v
 {
     v->enter = t->enter;
     v->trace = NULL;
-    kvmexit_writing = t;
+    kvmexit_trace_touch(t);
     if (t->exit && open) {
         t->exit->outcome = kvmexit_get(&kvmexit_in_hand(v->stats)->outcome);
         t->exit = NULL;
     }
     kvmexit_trace_settle(t, v);
-    kvmexit_writing = NULL;
+    kvmexit_trace_touch(NULL);
 }
 
 /* Close the files. In a forked child, which has no helper and must leave the parent's file as it is, only its own descriptors
@@ -480,9 +501,9 @@ static void kvmexit_trace_close(struct kvmexit_trace *t, int forked)
             kvmexit_trace_ring(t);
             pthread_join(t->helper, NULL);
         }
-        kvmexit_writing = t;
+        kvmexit_trace_touch(t);
         kvmexit_trace_finish(t, t->failed ? KVMEXIT_TRACE_FAILED : KVMEXIT_TRACE_CLOSED);
-        kvmexit_writing = NULL;
+        kvmexit_trace_touch(NULL);
         if (next->state == KVMEXIT_PART_READY) { /* never begun */
             char name[PATH_MAX + 16];
             kvmexit_trace_name(t, next->number, name);
@@ -490,6 +511,7 @@ static void kvmexit_trace_close(struct kvmexit_trace *t, int forked)
         }
         if (next->state != KVMEXIT_PART_EMPTY)
             kvmexit_trace_retire(next);
+        kvmexit_trace_prune(t);
         if (t->failed != KVMEXIT_TRACE_TRUNCATED)
             kvmexit_trace_retire(p);
     }

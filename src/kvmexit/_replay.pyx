@@ -163,7 +163,8 @@ def _hex(data):
 
 class TracePart(NamedTuple):
     """One file of a trace. path, part (its number), vcpu, records (how many). ended: "closed", "rotated", "failed" (`error`
-    is the errno then, and `lost` how many records were not written), or None where the writer was killed or still writes.
+    is the errno then, and `lost` how many records were not written), or None where the writer was killed or still writes, or the
+    file was cut.
     torn: bytes at the end that belong to no whole record: a record that was being written, or the file was cut.
     """
 
@@ -184,7 +185,8 @@ cdef class Source:
     cdef bytes data
     cdef kvmexit_trace_header header
     cdef object path
-    cdef size_t end, torn
+    cdef bint whole  # closed, and not cut since
+    cdef size_t torn
     cdef size_t records
 
     def __init__(self, path):
@@ -213,6 +215,8 @@ cdef class Source:
             raise self.error(12, f"a header of {h.header_size} bytes in a file of {size}")
         if h.run_size < 2 * PAGE or h.run_size > MOST_RUN_SIZE or h.run_size % PAGE:
             raise self.error(40, f"a vCPU's mapping of {h.run_size} bytes: pages expected, 2 to {MOST_RUN_SIZE // PAGE}")
+        if h.vcpu > 0x7fffffff:
+            raise self.error(36, f"vCPU {h.vcpu}")
         if not 0 < h.ns_per_tick < 1e9:
             raise self.error(64, f"{h.ns_per_tick} ns a tick")
         if h.size and (h.size < h.header_size or h.size % KVMEXIT_TRACE_WORD):
@@ -227,6 +231,7 @@ cdef class Source:
         cdef size_t size = len(self.data), at = self.header.header_size, end = size, bytes_, count = 0
         cdef const kvmexit_trace_record *r
         cdef bint closed = self.header.size != 0 and self.header.size <= size
+        self.whole = closed
         if closed:
             end = self.header.size
         while end - at >= sizeof(kvmexit_trace_record):
@@ -246,7 +251,6 @@ cdef class Source:
             at += bytes_
         if closed and at != end:
             raise self.error(at, f"{end - at} bytes are too few for a record")
-        self.end = at
         self.torn = 0 if closed else len(self.data[at:].rstrip(b"\0"))
         return count
 
@@ -571,7 +575,7 @@ def _beginning(Source source):
 
 def _part(Source source):
     cdef kvmexit_trace_header *h = &source.header
-    return TracePart(source.path, h.part, h.vcpu, source.records, ENDINGS[h.ended], source.torn, h.error, h.lost)
+    return TracePart(source.path, h.part, h.vcpu, source.records, ENDINGS[h.ended] if source.whole else None, source.torn, h.error, h.lost)
 
 
 def _sources(path):
@@ -648,6 +652,7 @@ cdef int enter_replayed(kvmexit_vcpu *c) noexcept nogil:
     cdef kvm_run *run = c.run
     cdef const kvmexit_trace_record *r = NULL
     cdef const kvmexit_trace_record *open_record
+    cdef kvmexit_trace_shape none
     cdef size_t size
     cdef bint immediate = kvmexit_load_immediate_exit(run)
     run.kvm_dirty_regs = 0
@@ -671,6 +676,7 @@ cdef int enter_replayed(kvmexit_vcpu *c) noexcept nogil:
         return -ENODATA
     kvmexit_store_count(&p.position, p.position + 1)
     if not kvmexit_trace_is_exit(r.error, r.reason):
+        fill(c, r, &none)  # what was pending may still be: its shape stays
         if r.outcome == KVMEXIT_TRACE_KICK:
             kvmexit_request(c, KVMEXIT_REQUEST_KICK)
         elif r.outcome == KVMEXIT_TRACE_TIMEOUT:

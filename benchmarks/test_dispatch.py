@@ -7,6 +7,8 @@ function for Python ones; and for what can be switched on, the same without it.
 from __future__ import annotations
 
 import errno
+import os
+import time
 
 import pytest
 from conftest import EXITS, PASSES
@@ -94,6 +96,25 @@ def test_timing(beside, kind):
     """vcpu.timing: where time goes, beside the same without."""
     ignore = native.Ignore()
     beside(with_handler(kind, ignore), with_handler(kind, ignore, timing=True), goal=("above", 25))
+
+
+@pytest.mark.parametrize("kind", ["pio_out", "pio_in", "memory_fault"])
+def test_recording(beside, tmp_path, kind):
+    """vcpu.record(), with pages that are populated as in a recording that goes on, beside the same without."""
+    make, run = with_handler(kind, native.Ignore())
+    recorders = []
+
+    def make_recorded():
+        for recorder in recorders:
+            recorder.close()
+            os.unlink(recorder.path)
+        vcpu = make()
+        recorders[:] = [vcpu.record(tmp_path / "trace")]
+        time.sleep(0.01)
+        return vcpu
+
+    beside((make, run), (make_recorded, run), goal=("above", 40))
+    assert recorders.pop().records == EXITS + 1
 
 
 @writes

@@ -64,11 +64,13 @@ from kvmexit._exits import (
 from kvmexit._loop import KICK_SIGNAL, Vcpu
 from kvmexit._memory import GuestMemfdFlags, Memory, MemoryRange, Slot
 from kvmexit._msr_filter import MsrExitReason, MsrRange
+from kvmexit._record import Recorder, VMRecorder
 from kvmexit._registers import Events, Regs, Segment, Sregs
+from kvmexit._replay import Divergence, Played, Replay, Trace, TracePart, TraceRecord, load, replay
 from kvmexit._routes import Route
 from kvmexit._version import __version__
 from kvmexit._vm import VM, AdoptedSlot, VMType
-from kvmexit.errors import ConversionError, Error, FaultLoopError, KvmError, NotPendingError, VcpuBusyError
+from kvmexit.errors import ConversionError, Error, FaultLoopError, KvmError, NotPendingError, TraceError, VcpuBusyError
 from kvmexit.handlers import PASS, STOP
 from kvmexit.stats import Histogram, LastExit, Stats
 
@@ -89,6 +91,7 @@ __all__ = [
     "Debug",
     "DirtyRange",
     "DirtyRingFull",
+    "Divergence",
     "DraftMemoryFault",
     "Epr",
     "Error",
@@ -128,8 +131,11 @@ __all__ = [
     "Notify",
     "Osi",
     "PaprHcall",
+    "Played",
     "Rdmsr",
+    "Recorder",
     "Regs",
+    "Replay",
     "RiscvCsr",
     "RiscvSbi",
     "Route",
@@ -149,8 +155,13 @@ __all__ = [
     "SystemEvent",
     "Tdx",
     "TprAccess",
+    "Trace",
+    "TraceError",
+    "TracePart",
+    "TraceRecord",
     "UnexplainedFault",
     "UnknownExit",
+    "VMRecorder",
     "VMType",
     "Vcpu",
     "VcpuBusyError",
@@ -160,7 +171,9 @@ __all__ = [
     "__version__",
     "get_include",
     "handlers",
+    "load",
     "native",
+    "replay",
     "stats",
     "testing",
     "x86",

@@ -1,3 +1,4 @@
+import os
 from array import array
 from typing import Final, Never, final
 
@@ -5,6 +6,7 @@ from typing_extensions import Buffer
 
 from kvmexit._exits import Exit
 from kvmexit._page import Page
+from kvmexit._record import Recorder
 from kvmexit._registers import Events, Regs, Sregs
 from kvmexit._vm import VM
 from kvmexit.stats import LastExit, Stats
@@ -46,6 +48,9 @@ class Vcpu:
     def stats(self) -> Stats: ...
     def reset_stats(self) -> None: ...
     timing: bool
+    def record(
+        self, path: str | os.PathLike[str], *, rotate: int = 1 << 28, keep: int | None = None, registers: bool = False
+    ) -> Recorder: ...
     @property
     def last_exits(self) -> list[LastExit]: ...
 

@@ -37,6 +37,8 @@ struct kvmexit_vcpu {
 
     size_t run_size; /* bytes mapped at run: the page, the PIO data and what follows */
     void *script;    /* of a scripted enter */
+    struct kvmexit_trace *trace; /* of one that is recorded: _record.h */
+    uint32_t said;   /* what the burst made of the last EINTR, an Outcome of _loop.pxd: for the record */
     int fd;          /* -1: not backed by a kernel vCPU */
     pid_t pid;       /* the process that made it, for tgkill */
     const unsigned *forks; /* how often this process was forked into being, and ... */

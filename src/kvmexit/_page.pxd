@@ -11,6 +11,8 @@ cdef extern from "_page.h" nogil:
         pass
     struct kvmexit_stats:
         pass
+    struct kvmexit_trace:
+        pass
     struct kvmexit_vcpu:
         int (*enter)(kvmexit_vcpu *) noexcept nogil
         kvm_run *run
@@ -18,6 +20,8 @@ cdef extern from "_page.h" nogil:
         const uint64_t *rip
         size_t run_size
         void *script
+        kvmexit_trace *trace
+        uint32_t said
         int fd
         pid_t pid
         const unsigned *forks
@@ -79,6 +83,7 @@ cdef class Page:
     cdef object __weakref__
     cdef object script                       # what c.script points into
     cdef object recorder                     # what c.stats points into (_stats.pyx)
+    cdef object trace                        # what c.trace points into (_record.pyx)
     cdef bint borrowed                       # adopted: the vCPU goes on after us, so leave its page as it was
     cdef uint64_t borrowed_valid_regs
 

@@ -143,6 +143,14 @@ cdef object _last_exit(const kvmexit_record *r):
         reason, None if r.rip == KVMEXIT_NO_RIP else r.rip, address, size, is_write, private, r.error, _OUTCOMES[r.outcome])
 
 
+def clock(Recorder recorder not None):
+    """What time stamps are by: -> the ticks now, ns a tick. Internal. It may wait as the first look at times does."""
+    global _compared
+    if recorder.tsc and _compared is None:
+        _compared = _compare(recorder.c)
+    return kvmexit_ticks(recorder.c), _scale(recorder.c) if recorder.tsc else 1.0
+
+
 def sorted_into_buckets(ticks):
     """A Stats whose `kvm` has these samples, at one ns a tick. Internal: for tests of Histogram."""
     cdef Recorder recorder = Recorder()

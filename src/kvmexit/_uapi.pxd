@@ -263,7 +263,7 @@ cdef extern from "include/kvmexit/uapi.h" nogil:
         uint64_t gpa, npages, ret
 
     struct kvm_run:
-        uint8_t request_interrupt_window, immediate_exit
+        uint8_t request_interrupt_window, immediate_exit, if_flag, ready_for_interrupt_injection
         uint32_t exit_reason
         uint16_t flags
         uint64_t cr8

@@ -18,6 +18,7 @@ cdef class VM:
     cdef Coalesced coalesced
     cdef list recorders         # of all vCPUs there ever were
     cdef bint timing_
+    cdef object recording       # VMRecorder, or None
     cdef str device
     cdef size_t run_size        # of a vCPU's mapping
     cdef object cpuid           # struct kvm_cpuid2, what KVM supports; None where the device could not be asked

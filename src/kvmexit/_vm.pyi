@@ -15,6 +15,7 @@ from kvmexit._memory import Memory
 from kvmexit._msr_filter import MsrRange
 from kvmexit._native import _HasFileno
 from kvmexit._page import Page
+from kvmexit._record import VMRecorder
 from kvmexit._routes import Route
 from kvmexit.handlers import Handler
 from kvmexit.stats import Stats
@@ -68,6 +69,9 @@ class VM:
     @property
     def closed(self) -> bool: ...
     def close(self) -> None: ...
+    def record(
+        self, folder: _Path, *, rotate: int = 1 << 28, keep: int | None = None, registers: bool = False
+    ) -> VMRecorder: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     @property

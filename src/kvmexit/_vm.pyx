@@ -350,6 +350,8 @@ cdef class VM:
         vcpu.timing = self.timing_
         self.recorders.append(page.recorder)
         self.vcpus.add(page)
+        if self.recording is not None:
+            self.recording._add(page)
         return vcpu
 
     @property
@@ -372,6 +374,13 @@ cdef class VM:
         self.timing_ = on
         for recorder in self.recorders:
             (<Recorder>recorder).timing = on
+
+    def record(self, folder, *, rotate=1 << 28, keep=None, registers=False):
+        """Vcpu.record() of all vCPUs, those there are and those to come, to files `vcpu-ID.trace` in a folder, which is made
+        where there is none: -> VMRecorder, a context manager. Raises as that."""
+        from kvmexit._record import VMRecorder
+        self.handle.check()
+        return VMRecorder._begin(self, folder, {"rotate": rotate, "keep": keep, "registers": registers})
 
     def pause(self):
         """Stop all vCPUs: on return each is outside KVM_RUN, with nothing pending that KVM could complete, and outside its

@@ -7,9 +7,10 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvmexit._replay import Divergence
     from kvmexit.stats import LastExit
 
-__all__ = ["ConversionError", "Error", "FaultLoopError", "KvmError", "NotPendingError", "VcpuBusyError"]
+__all__ = ["ConversionError", "Error", "FaultLoopError", "KvmError", "NotPendingError", "TraceError", "VcpuBusyError"]
 
 
 show_last_exits = os.environ.get("KVMEXIT_LAST_EXITS") == "1"
@@ -86,6 +87,19 @@ class ConversionError(Error):
 
 class NotPendingError(Error):
     """An answer came too late: KVM has been re-entered since that exit."""
+
+
+class TraceError(Error):
+    """A trace cannot be read, has come to its end, or what is replayed diverges from it.
+
+    divergence: where an answer differs, with both sides; else None.
+    """
+
+    divergence: Divergence | None
+
+    def __init__(self, message: str, divergence: Divergence | None = None) -> None:
+        super().__init__(message)
+        self.divergence = divergence
 
 
 class VcpuBusyError(Error):

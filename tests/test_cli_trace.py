@@ -232,10 +232,6 @@ def test_a_real_page(vm):
     """What a real vCPU left there says the same."""
     vcpu = load(vm, OUT_IN_OUT)
     exit = vcpu.run()
-    import mmap
-
-    from kvmexit.cli.decode import explain
-
     with mmap.mmap(vcpu.fd, 8192, mmap.MAP_SHARED) as left:
         known = explain(left[:])
     assert (known["text"], known["exit"], known["owes"]) == (repr(exit), "Io", False)

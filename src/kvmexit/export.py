@@ -17,8 +17,8 @@ from kvmexit._replay import TraceRecord
 __all__ = ["COLUMNS", "address_of", "as_row", "classes", "events", "name_of", "write_csv", "write_perfetto"]
 
 COLUMNS = (
-    "index", "vcpu", "entered_ns", "left_ns", "outcome", "exit", "address", "size", "is_write", "private", "data", "answer",
-    "rip", "errno",
+    "index", "vcpu", "entered_ns", "left_ns", "outcome", "exit", "address", "size", "is_write", "private", "data",
+    "answer", "rip", "errno",
 )  # fmt: skip
 """Of a row: `exit` is the exit's class, or of a return that is none the name of its errno; `address` the port,
 guest-physical address, hypercall number or MSR; `data` what the guest wrote and `answer` what it got, as hexadecimal
@@ -47,9 +47,9 @@ def as_row(record: TraceRecord) -> dict[str, Any]:
     data = getattr(record.exit, "data", None) if is_write else None
     return {
         "index": record.index, "vcpu": record.vcpu, "entered_ns": record.entered_ns, "left_ns": record.left_ns,
-        "outcome": record.outcome, "exit": name_of(record), "address": address_of(record), "size": size, "is_write": is_write,
-        "private": private, "data": data.hex() if isinstance(data, bytes) else None, "answer": record.answer.hex() or None,
-        "rip": record.rip, "errno": record.errno,
+        "outcome": record.outcome, "exit": name_of(record), "address": address_of(record), "size": size,
+        "is_write": is_write, "private": private, "data": data.hex() if isinstance(data, bytes) else None,
+        "answer": record.answer.hex() or None, "rip": record.rip, "errno": record.errno,
     }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def write_csv(records: Iterable[TraceRecord], file: IO[str]) -> int:
 def events(records: Iterable[TraceRecord]) -> Iterator[dict[str, Any]]:
     """Trace events: a track a vCPU, times in us from the trace's beginning on.
 
-    A span in KVM for each entry, named by what it ended with, and one from there to the next, named by what became of it.
+    A span in KVM for each entry, named by what it ended with; from there to the next, one named by what became of it.
     """
     begun: dict[int, TraceRecord] = {}
     for record in records:

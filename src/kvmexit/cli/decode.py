@@ -23,8 +23,10 @@ __all__ = ["add_to"]
 UNION, UNION_END, PAGE = 32, 288, 4096  # offsets in struct kvm_run (Linux, include/uapi/linux/kvm.h)
 FLAGS, REASON, RIP = 14, 8, 432  # of RIP: where KVM leaves it if kvm_valid_regs asks for it
 AGAIN = {
-    errno.EINTR: "somebody interrupted KVM_RUN", errno.EAGAIN: "KVM asks for it", errno.ENOMEM: "KVM was short of memory",
-}  # fmt: skip
+    errno.EINTR: "somebody interrupted KVM_RUN",
+    errno.EAGAIN: "KVM asks for it",
+    errno.ENOMEM: "KVM was short of memory",
+}
 
 
 def add_to(commands: Any) -> None:
@@ -62,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
 def explain(page: bytes, error: int = 0) -> dict[str, Any]:
     """What KVM_RUN's return meant, given the page it left.
 
-    "text" (the exit as Python shows it, or what there was instead), "exit" (its class, or None), "fields" (by name), "owes"
-    (whether KVM waits for an answer), "reason", "flags", "errno", "meaning".
+    "text" (the exit as Python shows it, or "no exit"), "exit" (its class, or None), "fields" (by name), "owes" (whether
+    KVM waits for an answer), "reason", "flags", "errno", "meaning".
     """
     reason, flags = struct.unpack_from("<I", page, REASON)[0], struct.unpack_from("<H", page, FLAGS)[0]
     exit, owes = decoded(page, reason, flags, error)
@@ -74,7 +76,7 @@ def explain(page: bytes, error: int = 0) -> dict[str, Any]:
     elif owes:
         meaning = "KVM waits for an answer"
     else:
-        meaning = "it comes again, unless something is done about it" if error else "nothing is owed: the guest can go on"
+        meaning = "it comes again, unless something is done" if error else "nothing is owed: the guest can go on"
     known = f" ({ExitReason(reason).name})" if reason in list(ExitReason) else ""
     return {
         "text": "no exit" if exit is None else repr(exit), "exit": None if exit is None else type(exit).__name__,

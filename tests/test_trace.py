@@ -1,22 +1,15 @@
 """Recording and replaying: what is written survives, what is replayed is the same, what is damaged is said."""
 
 import errno
-import itertools
-import os
 import random
-import signal
 import struct
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
-from guests import CODE, OUT_FOREVER, SPIN, load, stress
-from processes import HERE, SANITIZER, in_thread, leaks, python
+from processes import python
 
 import kvmexit
-from kvmexit import PASS, STOP, Hlt, Interrupted, Io, KvmError, TraceError, VMType, native
+from kvmexit import PASS, Hlt, Interrupted, Io, KvmError, TraceError, native
 from kvmexit.testing import (
     RecordedAttributes,
     ScriptedVM,

@@ -12,11 +12,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from guests import CODE, OUT_FOREVER, SPIN, load, stress
-from processes import HERE, SANITIZER, in_thread, leaks, python
+from guests import CODE, OUT_FOREVER, load, stress
+from processes import HERE, in_thread, leaks, python
 
 import kvmexit
-from kvmexit import PASS, STOP, Hlt, Interrupted, Io, KvmError, TraceError, VMType, native
+from kvmexit import PASS, Hlt, Interrupted, Io, KvmError, TraceError, native
 from kvmexit.testing import (
     RecordedAttributes,
     ScriptedVM,
@@ -401,6 +401,57 @@ assert replay.play().divergence is None
 assert not [name for name in opened if "kvm" in str(name) and "dev" in str(name)], opened
 """)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_runs_of_the_c_api_are_recorded(scripted, tmp_path):
+    """Beside Python's, in one order: what the C side answers, and what it leaves to Python."""
+    import ctypes
+
+    from test_embed import EXIT, PYTHON, api
+    from test_embed import run as run_natively
+
+    scripted.on_pio(0x80, 1, native.Ignore())
+    scripted.on_pio(0x61, 1, lambda vcpu, io: 5)
+    vcpu = scripted.create_vcpu(0, [pio_out(0x80, b"a"), pio_in(0x60), pio_in(0x61), hlt()])
+    with vcpu.record(tmp_path / "t"):
+        what, exit = run_natively(vcpu)
+        assert what == EXIT
+        ctypes.memset(exit.data, 7, 1)
+        assert api.answer(api.vcpu(vcpu)) == 0
+        assert run_natively(vcpu)[0] == PYTHON
+        assert isinstance(vcpu.run(), Hlt)
+    trace = kvmexit.load(tmp_path / "t")
+    assert [(record.answer, record.outcome) for record in trace] == [
+        (b"", "native"), (b"\7", "caller"), (b"\5", "python"), (b"", "caller")]  # fmt: skip
+    replay = kvmexit.replay(trace, strict=True)
+    replay.vm.on_pio(0x80, 1, native.Ignore())
+    replay.vm.on_pio(0x61, 1, lambda vcpu, io: 5)
+    assert run_natively(replay.vcpu)[0] == EXIT
+    assert replay.play().divergence is None
+
+
+def test_pauses_are_recorded(scripted, tmp_path):
+    """As what they are; a replay goes on at once."""
+    scripted.on_pio(0x80, 1, native.Ignore())
+    vcpu = scripted.create_vcpu(0, [pio_out(0x80, b"x"), ScriptStep(spin=True), hlt()])
+    with vcpu.record(tmp_path / "t") as recorder:
+        ended = []
+        thread = in_thread(lambda: ended.append(vcpu.run()))
+        while not recorder.records:
+            pass
+        scripted.pause()
+        scripted.resume()
+        while not ended and recorder.records < 2:
+            pass
+        vcpu.kick()
+        thread.join()
+    trace = kvmexit.load(tmp_path / "t")
+    outcomes = [record.outcome for record in trace if record.outcome != "retried"]
+    assert "pause" in outcomes
+    assert outcomes[0] == "native"
+    replay = kvmexit.replay(trace, strict=True)
+    replay.vm.on_pio(0x80, 1, native.Ignore())
+    assert isinstance(replay.run(), Interrupted | Hlt)
 
 
 # ---- the guest ----
@@ -861,3 +912,49 @@ def test_numpy_has_the_fixed_part(scripted, tmp_path):
     assert rows["data"][:3].tolist() == [ord("x"), 0x60, 0x5A5A5A5A]
     assert rows["data"][[5, 6, 8, 9, 10]].tolist() == [0x6261, 0x1234, 42, 0x1122, 5]
     assert set(rows["vcpu"].tolist()) == {2}
+
+
+# ---- those that ship: made by python tests/test_trace.py, in the lab for the storm ----
+
+
+def make_guest(path):
+    with kvmexit.VM() as vm:
+        vcpu = talker(vm, 20)
+        device(vm)
+        with vcpu.record(path):
+            vcpu.run(timeout=10)
+
+
+def make_storm(path):
+    with kvmexit.VM(kvmexit.VMType.SW_PROTECTED) as vm:
+        vcpu = load(vm, STORM, cpl=0)
+        convertible(vm)
+        vcpu.regs.rsi, vcpu.regs.rdi = 1, 30
+        with vcpu.record(path):
+            vcpu.run(timeout=60)
+
+
+def test_the_guest_that_ships_replays():
+    """Recorded on this project's machine."""
+    replay = kvmexit.replay(TRACES / "guest.trace", strict=True)
+    assert replay.trace.closed
+    said = device(replay.vm)
+    assert replay.play().divergence is None
+    assert said == [bytes([4, 5, 6, 7])] * 20 or len(said) == 20
+
+
+def test_the_storm_that_ships_replays():
+    """Recorded in the lab, with private memory."""
+    replay = kvmexit.replay(TRACES / "storm.trace", strict=True, vm=convertible(ScriptedVM()))
+    assert sum(isinstance(record.exit, kvmexit.Hypercall) for record in replay.trace) == 30
+    assert replay.play().divergence is None
+    assert {private for _, _, private in replay.vm.memory.ranges()} == {False, True}
+
+
+if __name__ == "__main__":
+    TRACES.mkdir(exist_ok=True)
+    kind = sys.argv[1]
+    (TRACES / f"{kind}.trace").unlink(missing_ok=True)
+    {"guest": make_guest, "storm": make_storm}[kind](TRACES / f"{kind}.trace")
+    if sys.argv[2:]:  # out of the lab, whose files are forgotten
+        print((TRACES / f"{kind}.trace").read_bytes().hex())

@@ -5,8 +5,8 @@
 Six things run alternately over the same script, so that drift hits all alike: a C loop (enter, sentinel, payload),
 Vcpu.run() with a native handler, the same with times measured (vcpu.timing), the same recorded (vcpu.record(), to the
 folder for temporary files, pages populated ahead), the C loop taking the GIL and calling an empty Python function, and
-Vcpu.run() with that function as its handler. Where the guest writes, a seventh: Vcpu.run() with native.Ring, drained after
-each pass.
+Vcpu.run() with that function as its handler. Where the guest writes, a seventh: Vcpu.run() with native.Ring, drained
+after each pass.
 A sample is the mean of one pass over the script, in ns an exit; p50, p99 and max are over the samples.
 """
 

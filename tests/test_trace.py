@@ -300,7 +300,7 @@ def test_the_first_divergence_is_said_with_both_sides(scripted, tmp_path):
     replay = other_answer(trace, False)
     played = replay.play()
     assert played.records == len(trace)
-    assert (played.divergence.record.index, played.divergence.recorded, played.divergence.replayed) == (1, b"\x60", b"\x61")
+    assert (played.divergence.record.number, played.divergence.recorded, played.divergence.replayed) == (1, b"\x60", b"\x61")
     strict = other_answer(trace, True)
     for call in (strict.run, strict.play, strict.run):
         with pytest.raises(TraceError, match=r"record 1, Io\(.*: recorded 60 \(native\), replayed 61") as caught:

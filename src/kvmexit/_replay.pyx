@@ -27,10 +27,10 @@ from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR,
     KVM_EXIT_X86_WRMSR, KVMEXIT_REASON_SENTINEL, kvm_regs, kvm_run,
 )
-from kvmexit._exits import ExitReason, Interrupted
+from kvmexit import stats
+from kvmexit._exits import Interrupted
 from kvmexit._record import parts_of
 from kvmexit.errors import KvmError, TraceError
-from kvmexit.stats import OUTCOMES, PENDING
 
 cdef extern from "_trace_format.h" nogil:
     const char *KVMEXIT_TRACE_MAGIC
@@ -89,8 +89,7 @@ cdef enum:
 
 ENDINGS = (None, "closed", "rotated", "failed")
 _OTHER_OUTCOMES = ("retried", "kick", "timeout", "pause", "drained")
-_OUTCOMES = (*OUTCOMES, PENDING)
-_REASONS = tuple(ExitReason)
+_OUTCOMES = (*stats.OUTCOMES, stats.PENDING)
 
 
 cdef struct Ref:
@@ -116,8 +115,8 @@ _DTYPE = [
 class TraceRecord(NamedTuple):
     """One return of KVM_RUN, as it was recorded.
 
-    index: in its Trace. vcpu: the id. exit: the Exit, with its answer where there was one; an Interrupted where run()
-    returned that; None of any other return. outcome: of an exit, as in `stats.OUTCOMES` or "pending", what became of it
+    number: in its Trace, from 0. vcpu: the id. exit: the Exit, with its answer where there was one; an Interrupted where
+    run() returned that; None of any other return. outcome: of an exit, as in `stats.OUTCOMES` or "pending", what became of it
     first; of others "kick", "timeout", "pause", "drained" (complete()), or "retried". settled: the answer is in, and
     `answer` is what the guest got, or gets at the next entry.
     errno: of KVM_RUN. entered_ns, left_ns: when it was entered and when it came back, from the trace's beginning on.
@@ -126,7 +125,7 @@ class TraceRecord(NamedTuple):
     cr8, if_flag, ready_for_interrupt_injection: of kvm_run's head.
     """
 
-    index: int
+    number: int
     vcpu: int
     exit: Exit | None
     outcome: str
@@ -153,7 +152,7 @@ class Divergence(NamedTuple):
     replayed: bytes | None
 
     def __str__(self):
-        was = f"record {self.record.index}, {self.record.exit!r}: recorded {_hex(self.recorded)} ({self.record.outcome})"
+        was = f"record {self.record.number}, {self.record.exit!r}: recorded {_hex(self.recorded)} ({self.record.outcome})"
         return f"{was}, replayed {'no answer' if self.replayed is None else _hex(self.replayed)}"
 
 

@@ -116,8 +116,8 @@ class TraceRecord(NamedTuple):
     """One return of KVM_RUN, as it was recorded.
 
     number: in its Trace, from 0. vcpu: the id. exit: the Exit, with its answer where there was one; an Interrupted where
-    run() returned that; None of any other return. outcome: of an exit, as in `stats.OUTCOMES` or "pending", what became of it
-    first; of others "kick", "timeout", "pause", "drained" (complete()), or "retried". settled: the answer is in, and
+    run() returned that; None of any other return. outcome: of an exit, as in `stats.OUTCOMES` or "pending", what became of
+    it first; of others "kick", "timeout", "pause", "drained" (complete()), or "retried". settled: the answer is in, and
     `answer` is what the guest got, or gets at the next entry.
     errno: of KVM_RUN. entered_ns, left_ns: when it was entered and when it came back, from the trace's beginning on.
     rip: where the guest was, None where KVM did not show. immediate: immediate_exit was set. begun: it was pending already

@@ -41,12 +41,13 @@ BURST = {
     "_embed": ["run", "go_round", "offer_again", "finish", "told", "shown", "claim_exit", "pending", "answer", "kick", "convert", "convert_steps"],
     "_native": ["ignore", "fill", "stop", "count", "ring", "access_registers", "load_register", "store_register"],
     "_trace": ["enter_scripted"],
+    "_replay": ["enter_replayed", "fill", "rest_of", "answer_size"],
     "_native_convert": ["take", "repair", "plan", "follow", "part", "convert", "admit", "fail", "map_gpa_range", "reply"],
     "_convert": [
         "has_state", "find", "position", "examine_fault", "examine", "refuse", "convert_chunk", "change", "end_of_run", "change_run",
         "discard", "set_attributes"],
 }
-CONCURRENT = ["_control.h", "_embed.pyx", "_loop.pyx", "_ring.h", "_routes.h", "_routes.pyx", "_vcpus.pyx"]
+CONCURRENT = ["_control.h", "_embed.pyx", "_loop.pyx", "_record.pyx", "_ring.h", "_routes.h", "_routes.pyx", "_vcpus.pyx"]
 PYTHON = re.compile(r"\b(_?Py[A-Z_]\w*|__Pyx_\w+)\s*\(")
 HARMLESS = {"__Pyx_RefNannySetupContext", "__Pyx_RefNannyFinishContext", "__Pyx_pretend_to_initialize",  # empty macros
             "PyThread_get_thread_ident"}  # pthread_self(), which needs no thread state
@@ -129,7 +130,7 @@ def example(name, number):
     ("README.md", 0, "kvm"), ("README.md", 1, "private_vm"), ("docs/memory.md", 0, "kvm"), ("docs/memory.md", 1, "scripted"),
     ("docs/native.md", 0, "scripted"), ("docs/native.md", 1, "scripted"), ("docs/kernelside.md", 0, "kvm"),
     ("docs/kernelside.md", 1, "kvm"), ("docs/kernelside.md", 2, "scripted"), ("docs/kernelside.md", 3, "kvm"),
-    ("docs/stats.md", 0, "scripted")])
+    ("docs/stats.md", 0, "scripted"), ("docs/trace.md", 0, "scripted")])
 def test_the_examples_run(name, number, needs, request, capsys):
     """As they stand there; the README's guest, of which it says nothing, writes to ports 0x3f8 and 0xf4."""
     request.getfixturevalue(needs)

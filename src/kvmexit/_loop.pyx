@@ -907,13 +907,13 @@ cdef class Vcpu:
     def record(self, path, *, rotate=1 << 28, keep=None, registers=False):
         """Have what KVM_RUN returns, and what is answered, written to a file: -> Recorder, a context manager.
 
-        path: of a file that must not exist. rotate: bytes, 64 KiB to 1 TiB, beyond which a new file begins: path.1, path.2 and so
-        on; keep: how many of them stay (None: all). registers: with each record the general registers, 144 bytes, as far as KVM
-        copies them (`sync`). An exit that is pending is the first record. docs/trace.md has the format.
+        path: of a file that must not exist. rotate: bytes, 64 KiB to 1 TiB, beyond which a new file begins: path.1, path.2
+        and so on; keep: how many of them stay (None: all). registers: with each record the general registers, 144 bytes, as
+        far as KVM copies them (`sync`). An exit that is pending is the first record. docs/trace.md has the format.
 
-        Also while another thread runs the vCPU: then the VM is paused for a moment (VM.pause()). Raises FileExistsError, other
-        OSErrors where the file cannot be made, ValueError for a `rotate` or `keep` that cannot be, Error where it is recorded
-        already or the VM is closed.
+        Also while another thread runs the vCPU: then the VM is paused for a moment (VM.pause()). Raises FileExistsError,
+        other OSErrors where the file cannot be made, ValueError for a `rotate` or `keep` that cannot be, Error where it is
+        recorded already or the VM is closed.
         """
         from kvmexit._record import Recorder
         return Recorder._begin(self.vm, self.page, path, rotate, keep, registers)

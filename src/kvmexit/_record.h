@@ -274,7 +274,7 @@ static int kvmexit_trace_help(struct kvmexit_trace *t)
     if (ready < p->size && ready < __atomic_load_n(&t->reached, __ATOMIC_ACQUIRE) + KVMEXIT_TRACE_AHEAD)
         return kvmexit_trace_allocate(p, ready, 1) == 0;
     if (ready == p->size && next->state == KVMEXIT_PART_EMPTY) {
-        if (kvmexit_trace_prepare(t, p->number + 1) == 0 && next->size > 0)
+        if (kvmexit_trace_prepare(t, p->number + 1) == 0)
             madvise(next->base, next->ready, MADV_POPULATE_WRITE);
     }
     return 0;
@@ -407,8 +407,11 @@ static inline void kvmexit_trace_note(
     }
     if (kvmexit_trace_is_exit(error, reason)) {
         t->exit = r;
-        t->answer = at;
-        t->shape = shape;
+        t->shape.answer[0].size = 0;
+        if (shape.answer[0].size) {
+            t->answer = at;
+            t->shape = shape;
+        }
         r->outcome = KVMEXIT_PENDING;
     } else if (error == EINTR)
         t->other = r;
@@ -451,6 +454,7 @@ static int kvmexit_trace_open(struct kvmexit_trace *t)
     if (error)
         return error;
     t->active = 0;
+    madvise(t->parts[0].base, t->parts[0].ready, MADV_POPULATE_WRITE);
     kvmexit_trace_begin_part(t);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* the helper is nobody's to deliver signals to */

@@ -6,7 +6,7 @@ from kvmexit._vm import VM
 
 @final
 class Writer:
-    def __init__(self, page: Page, path: bytes, size: int, keep: int, registers: bool, type: int) -> None: ...
+    def __new__(cls, page: Page, path: bytes, size: int, keep: int, registers: bool, type: int) -> Self: ...
 
 @final
 class Recorder:

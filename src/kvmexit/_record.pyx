@@ -26,7 +26,8 @@ cdef extern from "Python.h":
 cdef extern from "_record.h" nogil:
     const char *KVMEXIT_TRACE_MAGIC
     const uint32_t KVMEXIT_TRACE_VERSION
-    const uint8_t KVMEXIT_TRACE_RETRIED, KVMEXIT_TRACE_KICK, KVMEXIT_TRACE_TIMEOUT, KVMEXIT_TRACE_PAUSE, KVMEXIT_TRACE_DRAINED
+    const uint8_t KVMEXIT_TRACE_RETRIED, KVMEXIT_TRACE_KICK, KVMEXIT_TRACE_TIMEOUT, KVMEXIT_TRACE_PAUSE
+    const uint8_t KVMEXIT_TRACE_DRAINED
     const int KVMEXIT_TRACE_TRUNCATED
     struct kvmexit_trace_header:
         char magic[8]
@@ -146,7 +147,8 @@ cdef class Writer:
 cdef class Recorder:
     """A recording of one vCPU that is under way, or was: from Vcpu.record(). A context manager: leaving the block closes it.
 
-    A vCPU that goes closes its files, too; what a killed process has recorded is there as well. A forked child records nothing.
+    A vCPU that goes closes its files, too; what a killed process has recorded is there as well. A forked child records
+    nothing.
     """
 
     cdef Writer writer
@@ -166,7 +168,7 @@ cdef class Recorder:
         keep = None if keep is None else index(keep)
         if keep is not None and not 1 <= keep < 1 << 32:
             raise ValueError(f"keep {keep}: at least the file in use stays, or None for all")
-        self.path_ = os.path.abspath(os.fspath(path))
+        self.path_ = os.path.abspath(os.fsdecode(path))
         self.page = page
         self.page.check()
         vm.handle.check()
@@ -301,7 +303,7 @@ cdef class VMRecorder:
     def _begin(VM vm, folder, dict options):
         cdef VMRecorder self = VMRecorder.__new__(VMRecorder)
         self.vm = weakref.ref(vm)
-        self.folder = os.path.abspath(os.fspath(folder))
+        self.folder = os.path.abspath(os.fsdecode(folder))
         self.options = options
         self.recorders_ = {}
         if vm.recording is not None:

@@ -1,6 +1,6 @@
 import os
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple, Never, final, overload
+from typing import Any, Final, NamedTuple, Never, Self, final, overload
 
 from kvmexit._exits import Exit
 from kvmexit._loop import Vcpu
@@ -9,7 +9,7 @@ from kvmexit.testing import ScriptedVM
 ENDINGS: Final[tuple[str | None, ...]]
 
 class TraceRecord(NamedTuple):
-    index: int
+    number: int
     vcpu: int
     exit: Exit | None
     outcome: str
@@ -101,7 +101,7 @@ class Replay:
 
 @final
 class Steps:
-    def __init__(self, trace: Trace) -> None: ...
+    def __new__(cls, trace: Trace) -> Self: ...
 
 def load(path: str | os.PathLike[str]) -> Trace: ...
 def replay(

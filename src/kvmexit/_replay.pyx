@@ -16,7 +16,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
 from kvmexit._exits cimport (
-    INLINE_DATA, PLACES, UNEXPLAINED, Exit, Io, Mmio, UnexplainedFault, classify, is_well_formed_io, make, make_interrupted,
+    INLINE_DATA, PLACES, UNEXPLAINED, Exit, Io, Mmio, UnexplainedFault, classify, make, make_interrupted,
 )
 from kvmexit._loop cimport Vcpu
 from kvmexit._page cimport (
@@ -27,10 +27,10 @@ from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR,
     KVM_EXIT_X86_WRMSR, KVMEXIT_REASON_SENTINEL, kvm_regs, kvm_run,
 )
-from kvmexit._exits import ExitReason, Interrupted
+from kvmexit import stats
+from kvmexit._exits import Interrupted
 from kvmexit._record import parts_of
 from kvmexit.errors import KvmError, TraceError
-from kvmexit.stats import OUTCOMES, PENDING
 
 cdef extern from "_trace_format.h" nogil:
     const char *KVMEXIT_TRACE_MAGIC
@@ -89,8 +89,7 @@ cdef enum:
 
 ENDINGS = (None, "closed", "rotated", "failed")
 _OTHER_OUTCOMES = ("retried", "kick", "timeout", "pause", "drained")
-_OUTCOMES = (*OUTCOMES, PENDING)
-_REASONS = tuple(ExitReason)
+_OUTCOMES = (*stats.OUTCOMES, stats.PENDING)
 
 
 cdef struct Ref:
@@ -116,17 +115,17 @@ _DTYPE = [
 class TraceRecord(NamedTuple):
     """One return of KVM_RUN, as it was recorded.
 
-    index: in its Trace. vcpu: the id. exit: the Exit, with its answer where there was one; an Interrupted where run() returned
-    that; None of any other return. outcome: of an exit, as in `stats.OUTCOMES` or "pending", what became of it first; of
-    others "kick", "timeout", "pause", "drained" (complete()), or "retried". settled: the vCPU was entered again, so that
-    `answer` is what the guest got.
+    number: in its Trace, from 0. vcpu: the id. exit: the Exit, with its answer where there was one; an Interrupted where
+    run() returned that; None of any other return. outcome: of an exit, as in `stats.OUTCOMES` or "pending", what became of
+    it first; of others "kick", "timeout", "pause", "drained" (complete()), or "retried". settled: the answer is in, and
+    `answer` is what the guest got, or gets at the next entry.
     errno: of KVM_RUN. entered_ns, left_ns: when it was entered and when it came back, from the trace's beginning on.
     rip: where the guest was, None where KVM did not show. immediate: immediate_exit was set. begun: it was pending already
     when recording began. answer: its bytes, as in kvm_run or the PIO data. registers: struct kvm_regs, or None.
     cr8, if_flag, ready_for_interrupt_injection: of kvm_run's head.
     """
 
-    index: int
+    number: int
     vcpu: int
     exit: Exit | None
     outcome: str
@@ -145,15 +144,15 @@ class TraceRecord(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """Where a replay differs from its trace: `record` was answered otherwise. recorded, replayed: the answers' bytes; None for
-    `replayed` where no handler took the exit, though one had."""
+    """Where a replay differs from its trace: `record` was answered otherwise. recorded, replayed: the answers' bytes; None
+    for `replayed` where no handler took the exit, though one had."""
 
     record: TraceRecord
     recorded: bytes
     replayed: bytes | None
 
     def __str__(self):
-        was = f"record {self.record.index}, {self.record.exit!r}: recorded {_hex(self.recorded)} ({self.record.outcome})"
+        was = f"record {self.record.number}, {self.record.exit!r}: recorded {_hex(self.recorded)} ({self.record.outcome})"
         return f"{was}, replayed {'no answer' if self.replayed is None else _hex(self.replayed)}"
 
 
@@ -163,8 +162,8 @@ def _hex(data):
 
 class TracePart(NamedTuple):
     """One file of a trace. path, part (its number), vcpu, records (how many). ended: "closed", "rotated", "failed" (`error`
-    is the errno then, and `lost` how many records were not written), or None where the writer was killed or still writes, or the
-    file was cut.
+    is the errno then, and `lost` how many records were not written), or None where the writer was killed or still writes, or
+    the file was cut.
     torn: bytes at the end that belong to no whole record: a record that was being written, or the file was cut.
     """
 
@@ -262,8 +261,8 @@ cdef class Source:
         cdef size_t head = sizeof(kvmexit_trace_record) // KVMEXIT_TRACE_WORD, wanted
         cdef size_t registers = sizeof(kvm_regs) // KVMEXIT_TRACE_WORD if r.how & KVMEXIT_TRACE_REGISTERS else 0
         if words < head + union_words + registers or words * KVMEXIT_TRACE_WORD > room:
-            raise self.error(at, f"a record of {words * KVMEXIT_TRACE_WORD} bytes, with {union_words * KVMEXIT_TRACE_WORD} of payload "
-                             f"and {registers * KVMEXIT_TRACE_WORD} of registers, {room} bytes before the end")
+            raise self.error(at, f"a record of {words} words, with {union_words} of payload and {registers} of registers, "
+                             f"{room} bytes before the end")
         if r.sizes >> 24 or r.how & ~(KVMEXIT_TRACE_IMMEDIATE | KVMEXIT_TRACE_REGISTERS | KVMEXIT_TRACE_BEGUN):
             raise self.error(at, f"unknown flags: sizes {r.sizes:#x}, how {r.how:#x}")
         if r.settled > 1 or r.outcome > KVMEXIT_PENDING and not KVMEXIT_TRACE_RETRIED <= r.outcome <= KVMEXIT_TRACE_DRAINED:
@@ -276,14 +275,19 @@ cdef class Source:
             kvmexit_trace_look(&shape, &run, self.header.run_size)
         wanted = head + shape.words + (kvmexit_trace_words(shape.data) if shape.data else shape.answer_words) + registers
         if union_words != shape.words or words != wanted:
-            raise self.error(at, f"an exit of reason {r.reason} has a record of {wanted * KVMEXIT_TRACE_WORD} bytes, {shape.words} words of them "
-                             f"payload; here are {words * KVMEXIT_TRACE_WORD}, {union_words}")
+            raise self.error(at, f"an exit of reason {r.reason} has a record of {wanted} words, {shape.words} of payload; "
+                             f"here are {words}, {union_words}")
         return 0
 
 
 cdef const uint8_t *rest_of(const kvmexit_trace_record *r) noexcept nogil:
     """What follows the union's copy."""
     return <const uint8_t *>(r + 1) + (r.sizes >> 16 & 0xff) * KVMEXIT_TRACE_WORD
+
+
+cdef const uint8_t *registers_of(const kvmexit_trace_record *r) noexcept nogil:
+    """They come last."""
+    return <const uint8_t *>r + (r.sizes & 0xffff) * KVMEXIT_TRACE_WORD - sizeof(kvm_regs)
 
 
 cdef void fill(kvmexit_vcpu *c, const kvmexit_trace_record *r, kvmexit_trace_shape *shape) noexcept nogil:
@@ -303,7 +307,7 @@ cdef void fill(kvmexit_vcpu *c, const kvmexit_trace_record *r, kvmexit_trace_sha
     if r.rip != KVMEXIT_NO_RIP:
         run.s.regs.regs.rip = r.rip
     if r.how & KVMEXIT_TRACE_REGISTERS:
-        memcpy(&run.s.regs.regs, <const uint8_t *>r + (r.sizes & 0xffff) * KVMEXIT_TRACE_WORD - sizeof(kvm_regs), sizeof(kvm_regs))
+        memcpy(&run.s.regs.regs, registers_of(r), sizeof(kvm_regs))
     if not kvmexit_trace_has_payload(r.error, r.reason):
         return
     memcpy(&run.hw, r + 1, (r.sizes >> 16 & 0xff) * KVMEXIT_TRACE_WORD)
@@ -355,18 +359,20 @@ cdef class Trace:
     def _load(sources):
         cdef Trace self = Trace.__new__(Trace)
         cdef Source source, first
-        cdef size_t run_size = 0
         self.sources = sources
         first = min(sources, key=_beginning)
-        self.first, self.start_ns, self.ns_per_tick = first.header.first_ticks, first.header.first_ns, first.header.ns_per_tick
+        self.first, self.start_ns = first.header.first_ticks, first.header.first_ns
+        self.ns_per_tick = first.header.ns_per_tick
         for source in sources:
             self.count += source.records
-            run_size = max(run_size, source.header.run_size)
+            if source.header.run_size != first.header.run_size:  # what check() relied on, fill() does
+                raise source.error(40, f"a vCPU's mapping of {source.header.run_size} bytes, and one of "
+                                   f"{first.header.run_size} in {first.path}")
         self.refs = <Ref *>calloc(self.count + 1, sizeof(Ref))
         if self.refs == NULL:
             raise MemoryError
         self.merge()
-        self.page = anonymous(run_size)
+        self.page = anonymous(first.header.run_size)
         return self
 
     def __dealloc__(self):
@@ -395,7 +401,8 @@ cdef class Trace:
             for at in range(self.count):
                 best = vcpus
                 for i in range(vcpus):
-                    if begins[i] < ends[i] and (best == vcpus or all_[begins[i]].record.left < all_[begins[best]].record.left):
+                    if begins[i] < ends[i] and (
+                            best == vcpus or all_[begins[i]].record.left < all_[begins[best]].record.left):
                         best = i
                 self.refs[at] = all_[begins[best]]
                 begins[best] += 1
@@ -458,12 +465,11 @@ cdef class Trace:
         if r.settled and kvmexit_trace_is_exit(r.error, r.reason):
             answer = PyBytes_FromStringAndSize(<const char *>rest_of(r), answer_size(&shape))
         if r.how & KVMEXIT_TRACE_REGISTERS:
-            registers = PyBytes_FromStringAndSize(
-                <const char *>r + (r.sizes & 0xffff) * KVMEXIT_TRACE_WORD - sizeof(kvm_regs), sizeof(kvm_regs))
+            registers = PyBytes_FromStringAndSize(<const char *>registers_of(r), sizeof(kvm_regs))
         return TraceRecord(
             i, source.header.vcpu, e, _outcome(r.outcome), r.settled != 0, r.error, self.ns(r.entered), self.ns(r.left),
-            None if r.rip == KVMEXIT_NO_RIP else r.rip, r.how & KVMEXIT_TRACE_IMMEDIATE != 0, r.how & KVMEXIT_TRACE_BEGUN != 0,
-            answer, registers, r.state & 15, r.state & 16 != 0, r.state & 32 != 0)
+            None if r.rip == KVMEXIT_NO_RIP else r.rip, r.how & KVMEXIT_TRACE_IMMEDIATE != 0,
+            r.how & KVMEXIT_TRACE_BEGUN != 0, answer, registers, r.state & 15, r.state & 16 != 0, r.state & 32 != 0)
 
     cdef Exit exit(self, const kvmexit_trace_record *r, kvmexit_trace_shape *shape):
         """-> the record's Exit, or None."""
@@ -510,11 +516,11 @@ cdef class Trace:
     def numpy(self):
         """-> a structured array, one element for each record, of its fixed part; needs NumPy.
 
-        entered_ns, left_ns, rip (all ones: not shown), address (port, gpa, hypercall number or MSR), data (the first 8 bytes of
-        what was written, or of the answer), size (bytes; of a string instruction all), reason (of a fault without one, as
+        entered_ns, left_ns, rip (all ones: not shown), address (port, gpa, hypercall number or MSR), data (the first 8 bytes
+        of what was written, or of the answer), size (bytes; of a string instruction all), reason (of a fault without one, as
         of a return that is no exit, what kvm_run said), vcpu, errno, run_flags, outcome (0 to 5: stats.OUTCOMES and
-        pending; 16 to 20: retried, kick, timeout, pause, drained), is_write, settled, how (1 immediate_exit, 2 with registers,
-        4 begun).
+        pending; 16 to 20: retried, kick, timeout, pause, drained), is_write, settled, how (1 immediate_exit, 2 with
+        registers, 4 begun).
         """
         import numpy
         cdef bytearray rows = bytearray(self.count * sizeof(Row))
@@ -575,7 +581,8 @@ def _beginning(Source source):
 
 def _part(Source source):
     cdef kvmexit_trace_header *h = &source.header
-    return TracePart(source.path, h.part, h.vcpu, source.records, ENDINGS[h.ended] if source.whole else None, source.torn, h.error, h.lost)
+    ended = ENDINGS[h.ended] if source.whole else None
+    return TracePart(source.path, h.part, h.vcpu, source.records, ended, source.torn, h.error, h.lost)
 
 
 def _sources(path):
@@ -595,7 +602,7 @@ def _sources(path):
             if memcmp(source.header.recording, before.header.recording, sizeof(source.header.recording)):
                 raise source.error(16, f"of another recording than {before.path}")
             if source.header.part != before.header.part + 1:
-                raise source.error(32, f"part {source.header.part} follows part {before.header.part}: there are some missing")
+                raise source.error(32, f"part {source.header.part} follows part {before.header.part}: some are missing")
             if source.header.vcpu != before.header.vcpu or source.header.first_ticks != before.header.first_ticks:
                 raise source.error(36, "another vCPU, or another beginning, than in the part before")
         sources.append(source)
@@ -604,18 +611,19 @@ def _sources(path):
 
 
 def load(path):
-    """Read a trace: -> Trace. path: as given to vcpu.record(), whose further files are found beside it; one of these, for that
-    part alone; or the folder of vm.record(), for all vCPUs.
+    """Read a trace: -> Trace. path: as given to vcpu.record(), whose further files are found beside it; one of these, for
+    that part alone; or the folder of vm.record(), for all vCPUs.
 
-    A file whose writer was killed, or still writes, is read up to its last whole record (Trace.parts says so). It is read into
-    memory. Raises TraceError for what is no trace, or a damaged one, with file and offset; OSError where it cannot be read.
+    A file whose writer was killed, or still writes, is read up to its last whole record (Trace.parts says so). It is read
+    into memory. Raises TraceError for what is no trace, or a damaged one, with file and offset; OSError where it cannot be
+    read.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     if not os.path.isdir(path):
         return Trace._load(_sources(path))
     bases = set()
     for name in os.listdir(path):
-        base, dot, number = name.rpartition(".")
+        base, _, number = name.rpartition(".")
         if name.endswith(".trace"):
             bases.add(name)
         elif base.endswith(".trace") and number.isdigit():
@@ -740,8 +748,8 @@ cdef class Replay:
         return getattr(self.vcpu, name)
 
     def run(self, timeout=None):
-        """Vcpu.run(). Raises TraceError where the trace has ended, and, with `strict`, at the first divergence; KvmError where
-        KVM_RUN failed then."""
+        """Vcpu.run(). Raises TraceError where the trace has ended, and, with `strict`, at the first divergence; KvmError
+        where KVM_RUN failed then."""
         try:
             return self.vcpu.run(timeout)
         except KvmError as error:
@@ -773,7 +781,6 @@ cdef class Replay:
     def divergence(self):
         """The first answer that is another than the recorded one: -> Divergence, or None."""
         cdef Play *p = self.play_
-        cdef const kvmexit_trace_record *r
         if p.diverged < 0:
             return None
         record = self.trace.record(p.diverged)
@@ -783,8 +790,8 @@ cdef class Replay:
         """Replay to the end: -> Played. What run() returned and the caller answered then, is answered the same now.
 
         An exit that a handler took then and none takes now is a divergence, too. Raises what handlers raise, and can be
-        called again to go on; TraceError at the first divergence with `strict`, and where the trace ends without the answer of
-        an exit that came after that.
+        called again to go on; TraceError at the first divergence with `strict`. It ends before an exit whose answer the
+        recording has not.
         """
         cdef Play *p = self.play_
         cdef size_t first = p.position, before
@@ -862,7 +869,8 @@ cdef class Steps:
 def replay(path, *, vm=None, vcpu=None, strict=False):
     """A vCPU whose exits are those of a trace: -> Replay. No /dev/kvm is needed.
 
-    path: as for load(), or a Trace. vm: a testing.ScriptedVM to make it in, or None for a new one; vcpu: which one, of several.
+    path: as for load(), or a Trace. vm: a testing.ScriptedVM to make it in, or None for a new one; vcpu: which one, of
+    several.
     strict: run() raises TraceError at the first answer that differs; else `divergence` says so afterwards. Raises as load().
     """
     trace = path if isinstance(path, Trace) else load(path)

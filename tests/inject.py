@@ -149,7 +149,7 @@ class Add(Case):
 class AddFile(Add):
     def prepare(self, kvmexit):
         super().prepare(kvmexit)
-        self.file = tempfile.TemporaryFile()
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115
         self.file.truncate(19 * PAGE)
 
     def do(self):
@@ -218,7 +218,7 @@ class RebindConvert(Rebinding):
             assert self.vm.memory.ranges() == self.before, "it failed, and the shadow changed"
         elif failed:
             done = failed.done
-            first, size = (0x10_1000, 12 * PAGE) if self.private else (0x10_0000, 5 * PAGE)
+            first = 0x10_1000 if self.private else 0x10_0000
             assert all(self.vm.memory.is_private(gpa) == self.private for gpa in range(first, first + done, PAGE)), failed
         # Each run of one state is one memslot of KVM's; that they are there shows where a guest reads them all.
         self.vm.memory.convert(0x10_0000, 23 * PAGE, private=False)
@@ -325,7 +325,7 @@ class Close(Case):
             try:
                 use()
             except self.k.Error as error:
-                assert "closed" in str(error), error
+                assert "closed" in str(error), error  # noqa: PT017
             else:
                 raise AssertionError("a closed VM works")
 

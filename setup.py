@@ -1,7 +1,8 @@
 """The extension modules. Everything else is in pyproject.toml.
 
 KVMEXIT_BUILD in the environment, any of: debug (-O0 -g), asan (AddressSanitizer and UBSan), tsan (ThreadSanitizer),
-coverage (line tracing and gcov), separated by commas.
+coverage (line tracing and gcov), gcov (without the tracing: fuzz/coverage), fuzz (clang's, for fuzz/run), separated by
+commas.
 """
 
 import os
@@ -18,6 +19,9 @@ SWITCHES = {
     "asan": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
     "tsan": ["-g", "-fsanitize=thread"],
     "coverage": ["-O0", "--coverage", "-DCYTHON_TRACE_NOGIL=1"],
+    "gcov": ["-O0", "--coverage"],
+    "fuzz": ["-g", "-fsanitize=fuzzer-no-link,address,undefined", "-fno-sanitize-recover=undefined",
+             "-fno-omit-frame-pointer", "-fno-sanitize=pointer-overflow"],  # Cython adds 0 to NULL
 }
 MAKES_NOTHING = {"sdist", "egg_info", "--version", "--name"}  # the sdist has no generated C
 
@@ -71,7 +75,7 @@ def cythonized():
         include_path=["src"],
         compiler_directives={"language_level": "3", "auto_pickle": False, "nonecheck": True,
                              "linetrace": "coverage" in chosen()},
-        emit_linenums=bool({"asan", "tsan"} & set(chosen())),  # what they report is in the .pyx
+        emit_linenums=bool({"asan", "tsan", "gcov", "fuzz"} & set(chosen())),  # what they report is in the .pyx
     )
 
 

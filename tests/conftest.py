@@ -69,6 +69,7 @@ EXPECTED_SKIPS = [
     "own-GIL sub-interpreters came with Python 3.12",
     "needs root to become somebody else",
     "numpy is missing",  # kvmexit does without
+    "hypothesis is missing",  # so do tests/sanitize and the lab
     "this kernel has no VM type with private memory",
     "this VM type has private memory",
     "this kernel has no guest_memfd",  # in an ordinary VM

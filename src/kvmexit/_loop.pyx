@@ -604,7 +604,8 @@ cdef class Vcpu:
                 f"{fault!r}", fault)
         if outcome == UNWRITTEN:
             raise Error(f"KVM_RUN succeeded {MAX_RETRIES} times in a row without giving an exit reason")
-        raise KvmError(c.error, "KVM_RUN")
+        error, c.error = c.error, 0  # not of the exit that pends, if one does
+        raise KvmError(error, "KVM_RUN")
 
     @cython.nonecheck(False)
     cdef Exit current(self):

@@ -332,7 +332,7 @@ cdef class Memory:
             self._check_free(gpa, size)
             if guest_memfd:
                 give_bits(&slot.region, False)
-                slot.region.gmem_fd = self._create_guest_memfd(size, flags)
+                self._create_guest_memfd(slot, flags)
             if self.rebinds and guest_memfd:
                 slot.region.private_side = map_shared(slot.region.gmem_fd, size)
             if flags & GuestMemfdFlags.MMAP:
@@ -663,18 +663,18 @@ cdef class Memory:
                 raise ValueError(
                     f"gpa {gpa:#x}, size {size:#x} overlaps {slot!r}: remove that slot, or choose other addresses")
 
-    def _create_guest_memfd(self, size, flags):
+    def _create_guest_memfd(self, Slot slot, flags):
+        """The slot has it as soon as it exists, and closes it also where what follows fails."""
         cdef kvm_create_guest_memfd argument
         if self.handle.fd < 0 or self.rebinds:  # a file with the same calls, which the host can read
-            fd = os.memfd_create("kvmexit-private", os.MFD_CLOEXEC)
-            os.ftruncate(fd, size)
-            return fd
+            slot.region.gmem_fd = os.memfd_create("kvmexit-private", os.MFD_CLOEXEC)
+            os.ftruncate(slot.region.gmem_fd, slot.size)
+            return
         memset(&argument, 0, sizeof(argument))
-        argument.size = size
+        argument.size = slot.size
         argument.flags = flags
-        fd = self.handle.call("KVM_CREATE_GUEST_MEMFD", KVM_CREATE_GUEST_MEMFD, &argument)
-        fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-        return fd
+        slot.region.gmem_fd = self.handle.call("KVM_CREATE_GUEST_MEMFD", KVM_CREATE_GUEST_MEMFD, &argument)
+        fcntl.fcntl(slot.region.gmem_fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
 
     def _install(self, Slot slot):
         self.handle.check()

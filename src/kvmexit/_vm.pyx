@@ -126,17 +126,17 @@ cdef class VM:
     """
 
     def __init__(self, type=VMType.DEFAULT, *, device="/dev/kvm", attributes=None):
-        cdef int kvm, fd
+        cdef int kvm
         type = VMType(type)
         _check_platform()
         kvm = _open_device(device)
         try:
             self.run_size = _run_size(kvm)
             self.cpuid = _supported_cpuid(kvm)
-            fd = _create_vm(kvm, type)
+            handle = Handle(_create_vm(kvm, type), "this VM")  # which owns it, should close() fail
         finally:
             os.close(kvm)
-        self._set_up(Handle(fd, "this VM"), type, device)
+        self._set_up(handle, type, device)
         if self.check(KVM_CAP_IMMEDIATE_EXIT) == 0:
             self.close()
             raise Error("kvmexit needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.11)")

@@ -69,8 +69,8 @@ def cythonized():
         build_dir="build",
         nthreads=os.cpu_count(),
         include_path=["src"],
-        compiler_directives={"language_level": "3", "auto_pickle": False, "nonecheck": True, "freethreading_compatible": True,
-                             "linetrace": "coverage" in chosen()},
+        compiler_directives={"language_level": "3", "auto_pickle": False, "nonecheck": True,
+                             "freethreading_compatible": True, "linetrace": "coverage" in chosen()},
         emit_linenums=bool({"asan", "tsan"} & set(chosen())),  # what they report is in the .pyx
     )
 

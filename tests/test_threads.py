@@ -1,5 +1,6 @@
 """Several Python threads at the same objects: on free-threaded Python really at once, else in short turns."""
 
+import contextlib
 import os
 import sys
 import sysconfig
@@ -236,10 +237,8 @@ def test_a_run_waits_for_who_looks(scripted, crew):
     busy = Crew()
 
     def look_again():
-        try:
+        with contextlib.suppress(VcpuBusyError):
             look()
-        except VcpuBusyError:
-            pass
 
     busy.add(look_again)
     busy.add(lambda: vcpu.run())  # which is never told that a look is a run

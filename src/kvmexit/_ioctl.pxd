@@ -7,7 +7,7 @@ cdef int call_value(int fd, str name, unsigned long number, unsigned long argume
 cdef class Handle:
     cdef readonly int fd      # atomic
     cdef int owns             # atomic
-    cdef readonly bint closed # atomic
+    cdef readonly bint closed  # atomic
     cdef unsigned forks
     cdef readonly str what
     cdef int users            # atomic; who is at work on it, with the GIL released

@@ -714,7 +714,8 @@ cdef class Memory:
         self.handle.check()
         cdef int number = self._reserve_number()
         if number < 0:
-            raise KvmError(errnos.ENOSPC, "KVM_SET_USER_MEMORY_REGION2", f"all memslots are in use: {len(self.slots_)} slots")
+            raise KvmError(
+                errnos.ENOSPC, "KVM_SET_USER_MEMORY_REGION2", f"all memslots are in use: {len(self.slots_)} slots")
         slot.number_ = number
         try:
             if slot.log_dirty:

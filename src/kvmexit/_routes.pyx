@@ -13,6 +13,7 @@ from bisect import insort
 from time import sleep
 
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -239,6 +240,7 @@ cdef class Routing:
         self.reap()
         while min(list(self.retired), default=newest + 1) <= newest:
             sleep(_LOOK_S)
+            PyErr_CheckSignals()  # sleep() does where it was interrupted; one that came just before waits for us
             self.reap()
 
 

@@ -74,7 +74,7 @@ def cythonized():
         nthreads=os.cpu_count(),
         include_path=["src"],
         compiler_directives={"language_level": "3", "auto_pickle": False, "nonecheck": True,
-                             "linetrace": "coverage" in chosen()},
+                             "freethreading_compatible": True, "linetrace": "coverage" in chosen()},
         emit_linenums=bool({"asan", "tsan", "gcov", "fuzz"} & set(chosen())),  # what they report is in the .pyx
     )
 

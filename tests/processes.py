@@ -20,6 +20,11 @@ def unsanitized(reason):
     return pytest.mark.skipif(SANITIZER is not None, reason=f"not under a sanitizer: {reason}")
 
 
+def needs_gil(reason):
+    """Mark a test of what only Python with a GIL does."""
+    return pytest.mark.skipif(bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason=f"free-threaded Python: {reason}")
+
+
 def in_thread(function):
     """Run a function in a thread; -> the thread, started."""
     thread = threading.Thread(target=function, daemon=True)

@@ -1,7 +1,9 @@
 """No allocation per exit: libc's allocator is counted, and Python's told to use it for everything. And no block is kept."""
 
 import pytest
-from processes import compiled, python, unsanitized
+from processes import compiled, needs_gil, python, unsanitized
+
+pytestmark = needs_gil("it makes an exit's object anew each time, and has an allocator of its own")
 
 PROGRAM = """
 import ctypes, gc, os, sys

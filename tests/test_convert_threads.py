@@ -8,7 +8,7 @@ import time
 
 import pytest
 from guests import Typed, stress
-from processes import SANITIZER, in_thread, leaks, python
+from processes import SANITIZER, in_thread, leaks, needs_gil, python
 
 import kvmexit
 from kvmexit import ConversionError
@@ -168,6 +168,7 @@ def test_what_goes_away_during_a_huge_conversion_is_missed(take, says):
 # ---- the GIL ----
 
 
+@needs_gil("nobody waits for anybody")
 def test_a_conversion_of_many_steps_lets_others_run(scripted):
     """Another Python thread counts while it lasts. No switch is forced here, so that what holds the GIL lets nobody count."""
     scripted.memory.add(0, HUGE, guest_memfd=True, discard=False)

@@ -124,7 +124,7 @@ cdef class Coalesced:
         cdef kvmexit_vcpu *c
         cdef size_t count = 0
         cdef bint held
-        self.handle.users += 1  # close() waits
+        self.handle.begin_use()  # close() waits
         try:
             for page in self.vcpus.pages():  # they all show the same ring, but a scripted VM's
                 page.check()
@@ -141,7 +141,7 @@ cdef class Coalesced:
                             count += kvmexit_drain_ring(&self.c, c)
                             pthread_mutex_unlock(&self.c.lock)
         finally:
-            self.handle.users -= 1
+            self.handle.end_use()
         return count
 
 

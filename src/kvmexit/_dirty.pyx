@@ -137,8 +137,7 @@ cdef class DirtyLog:
             rings, slots = list(self.rings), list(self.slots.values())
             if not rings:
                 return 0
-            self.handle.check()
-            self.handle.users += 1  # close() waits
+            self.handle.begin_use()  # close() waits
             bits = <Bits *>malloc(max(len(slots), 1) * sizeof(Bits))
             try:
                 if bits == NULL:
@@ -159,7 +158,7 @@ cdef class DirtyLog:
                     self.owed = self.owed - taken if 0 < <uint64_t>taken < self.owed else 0
             finally:
                 free(bits)
-                self.handle.users -= 1
+                self.handle.end_use()
         return entries
 
     def close(self):

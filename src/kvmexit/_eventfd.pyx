@@ -67,8 +67,10 @@ cdef class EventFds:
                     pass  # nothing more can be done about this one
 
     def close(self):
-        """The VM is gone, and KVM has let go of them."""
-        self.assigned.clear()
+        """The VM is gone, and KVM has let go of them. In a forked child the lock may be a thread's that is not there."""
+        if self.handle.forks == forks():
+            with self.lock:
+                self.assigned.clear()
 
 
 cdef class Assigned:

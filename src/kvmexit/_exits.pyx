@@ -174,7 +174,8 @@ cdef class Exit:
         return self.page is not None and self.seq == kvmexit_seq(&self.page.c)
 
     cdef int write(self, size_t offset, const void *data, size_t size, bint settles) except -1:
-        """Write to kvm_run, `offset` bytes from its start. settles: this is the answer that KVM waits for."""
+        """Write to kvm_run, `offset` bytes from its start. settles: this is the answer that KVM waits for. On free-threaded
+        Python in a critical section on the page and this exit: so what it says it was answered with, it was."""
         cdef kvmexit_vcpu *c
         cdef bint held = False, current = self.is_current()
         if current:
@@ -225,8 +226,9 @@ cdef class Field:
         if self.boolean:
             return self.number(e, 0) != 0
         if self.count == 1:
-            return self.number(e, 0)
-        return tuple([self.number(e, i) for i in range(self.count)])
+            return self.number(e, 0)  # one load, if somebody answers on another thread
+        with cython.critical_section(e):
+            return tuple([self.number(e, i) for i in range(self.count)])
 
     def __set__(self, instance, value):
         raise AttributeError(f"{type(instance).__name__} has no such answer: this field is what the guest did")
@@ -264,9 +266,10 @@ cdef class Answer(Field):
             numbers[i] = to_number(values[i], self.size)
             if self.allowed is not None and numbers[i] not in self.allowed:
                 raise ValueError(f"{value!r} is none of {self.allowed}, all that KVM takes here")
-        for i in range(self.count):
-            e.write(UNION + self.at + i * self.size, &numbers[i], self.size, self.settles)
-            memcpy(<uint8_t *>e.payload + self.at + i * self.size, &numbers[i], self.size)
+        with cython.critical_section(e.page, e):
+            for i in range(self.count):
+                e.write(UNION + self.at + i * self.size, &numbers[i], self.size, self.settles)
+                memcpy(<uint8_t *>e.payload + self.at + i * self.size, &numbers[i], self.size)
 
 
 cdef uint64_t to_number(value, size_t size) except? 0:
@@ -370,11 +373,12 @@ cdef class Io(Exit):
     @property
     def data(self):
         cdef kvm_run *run = as_run(self)
-        if not (run.io.direction or self.answered):
-            return None
-        if self.long_data is not None:
-            return self.long_data
-        return PyBytes_FromStringAndSize(<char *>self.inline_data, <Py_ssize_t>run.io.size * run.io.count)
+        with cython.critical_section(self):
+            if not (run.io.direction or self.answered):
+                return None
+            if self.long_data is not None:
+                return self.long_data
+            return PyBytes_FromStringAndSize(<char *>self.inline_data, <Py_ssize_t>run.io.size * run.io.count)
 
     @data.setter
     def data(self, value):
@@ -400,9 +404,10 @@ cdef class Mmio(Exit):
     @property
     def data(self):
         cdef kvm_run *run = as_run(self)
-        if not (run.mmio.is_write or self.answered):
-            return None
-        return PyBytes_FromStringAndSize(<char *>run.mmio.data, run.mmio.len)
+        with cython.critical_section(self):
+            if not (run.mmio.is_write or self.answered):
+                return None
+            return PyBytes_FromStringAndSize(<char *>run.mmio.data, run.mmio.len)
 
     @data.setter
     def data(self, value):
@@ -1048,17 +1053,18 @@ cdef int answer_data(Exit e, value) except -1:
     else:
         number = to_number(value, size)
         source = <const char *>&number
-    e.write(offset, source, size * count, True)
-    if isinstance(e, Io):
-        io = <Io>e
-        io.answered = True
-        if size * count > INLINE_DATA:
-            io.long_data = data
+    with cython.critical_section(e.page, e):
+        e.write(offset, source, size * count, True)
+        if isinstance(e, Io):
+            io = <Io>e
+            io.answered = True
+            if size * count > INLINE_DATA:
+                io.long_data = data
+            else:
+                memcpy(io.inline_data, source, size * count)
         else:
-            memcpy(io.inline_data, source, size * count)
-    else:
-        (<Mmio>e).answered = True
-        memcpy(run.mmio.data, source, size)
+            (<Mmio>e).answered = True
+            memcpy(run.mmio.data, source, size)
     return 0
 
 

@@ -17,7 +17,9 @@ from libc.errno cimport EAGAIN, EBADF, EBUSY, ECHILD, EFAULT, EINTR, ENOMEM, err
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from kvmexit._chain cimport KVMEXIT_DONE, KVMEXIT_LATER, KVMEXIT_PASS, KVMEXIT_STOP, kvmexit_exit, kvmexit_route
+from kvmexit._chain cimport (
+    KVMEXIT_DONE, KVMEXIT_LATER, KVMEXIT_PASS, KVMEXIT_STOP, kvmexit_exit, kvmexit_route, kvmexit_table,
+)
 from kvmexit._convert cimport Converter, has_state, kvmexit_generation
 from kvmexit._dispatch cimport call_natively, describe, dispatch_natively
 from kvmexit._exits cimport (
@@ -458,7 +460,8 @@ cdef class Vcpu:
             timeout_ns = _nanoseconds(timeout)
         self.page.check()
         self.vm.handle.check()
-        error = claim(&self.page.c, me, timeout_ns, me == self.main_thread)
+        with cython.critical_section(self.page):  # whoever holds it for a look: Page.hold()
+            error = claim(&self.page.c, me, timeout_ns, me == self.main_thread)
         if error == EBUSY:
             raise VcpuBusyError(
                 f"vCPU {self.id} is running already" + (": this is its own handler" if kvmexit_owner(&self.page.c) == me else
@@ -477,7 +480,8 @@ cdef class Vcpu:
         """Stand still while the VM is paused. AGAIN: go on; or KICKED, TIMED_OUT.
 
         A run() inside another vCPU's handler keeps that one standing, too, so it goes on only when none of them is paused,
-        and heeds its own kick, its deadline and exceptions only then (P18).
+        and heeds its own kick, its deadline and exceptions only then (P18). As in stand_still() no lock makes look and store
+        one: after `parked` is cleared all is looked at once more (P19).
         """
         cdef kvmexit_vcpu *own = self.c
         cdef kvmexit_vcpu *v
@@ -494,15 +498,19 @@ cdef class Vcpu:
                     if requests & KVMEXIT_REQUEST_PAUSE:
                         paused, seen = v, requests
                     v = v.outer
-                if exception is not None and (paused == NULL or paused == own):
-                    raise exception
-                if paused == NULL:
-                    return AGAIN
-                if paused == own and seen & KVMEXIT_REQUEST_KICK:
+                if paused == NULL or (paused == own and (
+                        exception is not None or seen & KVMEXIT_REQUEST_KICK or kvmexit_now_ns() >= own.deadline_ns)):
+                    if kvmexit_parked(own):
+                        set_parked(own, False)
+                        continue
+                    if exception is not None:
+                        raise exception
+                    if paused == NULL:
+                        return AGAIN
+                    if not seen & KVMEXIT_REQUEST_KICK:
+                        return TIMED_OUT
                     kvmexit_consume_kick(own)
                     return KICKED
-                if paused == own and kvmexit_now_ns() >= own.deadline_ns:
-                    return TIMED_OUT
                 if paused != own and paused_by(PyThread_get_thread_ident(), self.page):
                     raise Error(
                         "run() inside a handler of a paused VM would wait for this thread's own pause(): resume() first")
@@ -576,7 +584,7 @@ cdef class Vcpu:
         if c.forks[0] != c.born:
             self.page.check()  # a handler has forked: the child must not store to the parent's page
         c.chain = NULL
-        c.seq += 1  # with the GIL held: from here on no other thread can answer the previous exit
+        kvmexit_set_seq(c, c.seq + 1)  # no other thread can answer the previous exit: it is our run
         with nogil:
             outcome = burst(c, drain)
             kvmexit_leave_native(c.stats)
@@ -651,7 +659,7 @@ cdef class Vcpu:
         if route != NULL:
             routes, self.table, c.chain = self.table, None, NULL
         else:  # offered again: from the first one on
-            routes = self.vm.routing.table
+            routes = self.vm.routing.present()
             route = kvmexit_find(c, &routes.table, kvmexit_key(c))
         c.unsettled = True
         c.answered = False
@@ -710,14 +718,16 @@ cdef class Vcpu:
     cdef int dispatch_again(self, RouteTable routes, const kvmexit_route *route) except -1:
         """Call a native handler that comes after Python's, with the GIL released. -> its verdict."""
         cdef kvmexit_vcpu *c = self.c
+        cdef const kvmexit_table *present
         cdef kvmexit_exit exit
         cdef int verdict
         self.page.check()  # a Python handler before it has forked: the child must not store to the parent's page
-        # One that was removed meanwhile has passed: its memory may be gone. With the GIL held, so that a remove() either is
-        # seen here, or sees us at it.
-        if routes is not self.vm.routing.table and not self.vm.routing.table.has(route):
+        # One that was removed meanwhile has passed: its memory may be gone. The look comes after the count (R1), so that a
+        # remove() either is seen here, or sees us at it, and waits.
+        present = kvmexit_begin_native(c)
+        if present != &routes.table and not (<RouteTable>present.owner).has(route):
+            kvmexit_end_native(c)
             return KVMEXIT_PASS
-        kvmexit_begin_native(c)
         c.chain = route
         describe(c, &exit, kvmexit_key(c))
         with nogil:
@@ -737,14 +747,15 @@ cdef class Vcpu:
         cdef kvmexit_vcpu *c = &self.page.c
         cdef bint held
         self.page.check_mine()
-        held = self.page.hold()  # what is looked at here must not become another exit's payload
-        try:
-            if c.completes or c.unsettled or (c.needs and not c.answered):
-                return self.current()
-            return None
-        finally:
-            if held:
-                let_go(c)  # the GIL may have been released, so pause() may have seen us
+        with cython.critical_section(self.page):
+            held = self.page.hold()  # what is looked at here must not become another exit's payload
+            try:
+                if c.completes or c.unsettled or (c.needs and not c.answered):
+                    return self.current()
+                return None
+            finally:
+                if held:
+                    let_go(c)  # the GIL, or the section, may have been released, so pause() may have seen us
 
     # ---- registers ----
 
@@ -780,15 +791,16 @@ cdef class Vcpu:
                 f"register classes {classes:#x}: this kernel can copy {c.syncable:#x} (KVM_CAP_SYNC_REGS)")
         wanted = classes
         shows = wanted & REGS and self.vm.type not in _HIDDEN
-        held = self.page.hold()
-        c.synced = wanted
-        c.regs_synced = wanted & REGS != 0
-        c.run.kvm_valid_regs = wanted
-        c.rip = &kvmexit_no_rip
-        if shows:
-            c.rip = &c.run.s.regs.regs.rip
-        if held:
-            kvmexit_disown(c)
+        with cython.critical_section(self.page):
+            held = self.page.hold()
+            c.synced = wanted
+            c.regs_synced = wanted & REGS != 0
+            c.run.kvm_valid_regs = wanted
+            c.rip = &kvmexit_no_rip
+            if shows:
+                c.rip = &c.run.s.regs.regs.rip
+            if held:
+                kvmexit_disown(c)
 
     @property
     def cr8(self):
@@ -802,10 +814,11 @@ cdef class Vcpu:
         self.page.check_mine()
         if not 0 <= value <= 15:
             raise ValueError(f"cr8 {value} is not in 0..15")
-        held = self.page.hold()
-        self.page.c.run.cr8 = <int>value
-        if held:
-            kvmexit_disown(&self.page.c)
+        with cython.critical_section(self.page):
+            held = self.page.hold()
+            self.page.c.run.cr8 = <int>value
+            if held:
+                kvmexit_disown(&self.page.c)
 
     # ---- interrupts ----
 
@@ -813,10 +826,11 @@ cdef class Vcpu:
         """Exit with IrqWindowOpen as soon as the guest can take an interrupt; once."""
         cdef bint held
         self.page.check_mine()
-        held = self.page.hold()
-        self.page.c.run.request_interrupt_window = 1
-        if held:
-            kvmexit_disown(&self.page.c)
+        with cython.critical_section(self.page):
+            held = self.page.hold()
+            self.page.c.run.request_interrupt_window = 1
+            if held:
+                kvmexit_disown(&self.page.c)
 
     def interrupt(self, vector):
         """Inject an interrupt (KVM_INTERRUPT; without an in-kernel interrupt controller)."""

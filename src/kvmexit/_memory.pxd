@@ -22,7 +22,10 @@ cdef class Slot:
     cdef SlotDirty dirty_    # None: not log_dirty, or gone
 
     cdef void close_fd(self) noexcept
+    cdef SlotDirty log(self)
     cdef SlotDirty logged(self)
+    cdef int let_go(self) except -1
+    cdef int vacate(self) except -1
 
 
 cdef class Memory:
@@ -31,7 +34,7 @@ cdef class Memory:
     cdef object still          # in whose with block guests find memslots changing
     cdef object vm_type
     cdef bint region2
-    cdef readonly tuple slots  # by gpa
+    cdef tuple slots_          # by gpa
     cdef Span *spans           # of slots, for looking up without touching objects
     cdef Conversions conversions
     cdef Converter *converter  # of conversions
@@ -43,6 +46,7 @@ cdef class Memory:
     cdef int look_around(self) except -1
     cdef int _reserve_number(self) except -2
     cdef int _release_number(self, uint32_t number) except -1
+    cdef tuple present(self)
     cdef object slot_at(self, uint64_t gpa)
     cdef int set_region(self, Slot slot, uint64_t size) except -1
     cdef int change_slots(self, list added, list removed) except -1

@@ -133,9 +133,11 @@ cdef class Slot:
     @property
     def view(self):
         """All of it as a memoryview of bytes. Error once the slot was removed, or its guest_memfd closed."""
-        if self.view_ is None:
+        with cython.critical_section(self):
+            view = self.view_
+        if view is None:
             raise Error(f"{self!r} has no memory any more: it was removed, or its guest_memfd closed")
-        return self.view_[:]  # a view of its own: released, it leaves the slot's alone, which holds the memory for KVM
+        return view[:]  # a view of its own: released, it leaves the slot's alone, which holds the memory for KVM
 
     def __len__(self):
         return self.size
@@ -152,11 +154,23 @@ cdef class Slot:
     def __repr__(self):
         return f"Slot(gpa={self.gpa:#x}, size={self.size:#x}, number={self.number})"
 
+    cdef SlotDirty log(self):
+        with cython.critical_section(self):
+            return self.dirty_
+
     cdef SlotDirty logged(self):
-        if self.dirty_ is None:
+        cdef SlotDirty dirty = self.log()
+        if dirty is None:
             raise Error(f"{self!r} " + ("was removed" if self.log_dirty else
                                         "does not log which pages are written to: add it with log_dirty=True"))
-        return self.dirty_
+        return dirty
+
+    cdef int let_go(self) except -1:
+        """KVM has the slot no more, and we neither."""
+        with cython.critical_section(self):
+            self.view_ = self.mapping = self.conversions = None
+        self.close_fd()
+        return 0
 
     def dirty(self):
         """-> [DirtyRange(gpa, size)]: what the guest has written to since the last time, as runs of pages, by address; with
@@ -199,18 +213,14 @@ cdef class Slot:
         cdef int fd = -1
         cdef Region *r = &self.region
         cdef Converter *c
-        cdef Conversions conversions = self.conversions  # stay, also when the slot is removed meanwhile
+        cdef Conversions conversions
         cdef Step step
+        with cython.critical_section(self):
+            conversions = self.conversions  # stay, also when the slot is removed meanwhile
         if r.gmem_fd < 0 or conversions is None:
             raise Error(f"{self!r} has no guest_memfd")
         c = &conversions.c
-        if isinstance(self.mapping, GmemMapping):
-            self.view_ = None
-            try:
-                (<GmemMapping>self.mapping).vacate()
-            except BufferError:
-                self.view_ = memoryview(self.mapping)
-                raise BufferError(f"views of {self!r} exist and keep its guest_memfd alive: release them first") from None
+        self.vacate()
         while True:
             with nogil:
                 step = exclude(c, r, &fd)
@@ -219,6 +229,16 @@ cdef class Slot:
             PyErr_CheckSignals()
         if fd >= 0:
             close_descriptor(fd)
+
+    cdef int vacate(self) except -1:
+        """Unmap a guest_memfd that the slot maps. No view of it can come to be in this section, on any thread."""
+        with cython.critical_section(self):
+            if isinstance(self.mapping, GmemMapping):
+                self.view_ = None
+                if not (<GmemMapping>self.mapping).vacate():
+                    self.view_ = memoryview(self.mapping)
+                    raise BufferError(f"views of {self!r} exist and keep its guest_memfd alive: release them first")
+        return 0
 
 
 @cython.final
@@ -246,19 +266,22 @@ cdef class GmemMapping:
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         PyBuffer_FillInfo(buffer, self, self.address, self.size, False, flags)
-        self.exports += 1
+        with cython.critical_section(self):
+            self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *buffer):
-        self.exports -= 1
+        with cython.critical_section(self):
+            self.exports -= 1
 
-    cdef int vacate(self) except -1:
-        """Put inaccessible memory in the place of the guest_memfd's, in one step. BufferError while views exist."""
-        if self.exports:
-            raise BufferError
+    cdef bint vacate(self) except -1:
+        """Put inaccessible memory in the place of the guest_memfd's, in one step. -> whether: not while views exist."""
         cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
-        if c_mmap(self.address, self.size, PROT_NONE, flags, -1, 0) == MAP_FAILED:
+        cdef bint viewed
+        with cython.critical_section(self):
+            viewed = self.exports != 0
+        if not viewed and c_mmap(self.address, self.size, PROT_NONE, flags, -1, 0) == MAP_FAILED:
             raise KvmError(errno, "mmap")
-        return 0
+        return not viewed
 
 
 @cython.final
@@ -266,6 +289,8 @@ cdef class Memory:
     """The guest-physical memory of one VM: `vm.memory`.
 
     slots: the memslots, by address.
+
+    Only who has `lock` changes the set of slots; whoever has it not looks by present() and slot_at().
     """
 
     def __init__(self, Handle handle, vm_type, bint region2, numbers, AttributesBackend backend=None, Vcpus vcpus=None):
@@ -273,7 +298,7 @@ cdef class Memory:
         self.vm_type = vm_type
         self.region2 = region2
         self.lock = threading.RLock()  # re-entrant: a finalizer that runs meanwhile may add or remove, too
-        self.slots = ()
+        self.slots_ = ()
         self.vcpus = vcpus
         self.rebinds = isinstance(backend, SlotRebind)
         self.still = _Paused(vcpus if self.rebinds else None)
@@ -283,6 +308,14 @@ cdef class Memory:
 
     def __dealloc__(self):
         free(self.spans)
+
+    @property
+    def slots(self):
+        return self.present()
+
+    cdef tuple present(self):
+        with cython.critical_section(self):
+            return self.slots_
 
     @property
     def changes(self):
@@ -369,8 +402,8 @@ cdef class Memory:
                 found = slot
             else:
                 found = self.slot_at(index(slot)) if 0 <= index(slot) <= UINT64_MAX else None
-            if found not in self.slots:
-                raise ValueError(f"no such slot: {slot!r}; there are {list(self.slots)}")
+            if found not in self.slots_:
+                raise ValueError(f"no such slot: {slot!r}; there are {list(self.slots_)}")
             gone = found
             self.handle.check()
             self._withdraw(gone)
@@ -385,8 +418,9 @@ cdef class Memory:
                     self.dirty_log.forget(gone.dirty_)
             finally:  # KVM has it no more
                 self._release_number(gone.number)
-                gone.view_ = gone.mapping = gone.conversions = gone.dirty_ = None
-                gone.close_fd()
+                with cython.critical_section(gone):
+                    gone.dirty_ = None
+                gone.let_go()
 
     def convert(self, gpa, size, *, private):
         """Make `size` bytes from guest-physical `gpa` private, or shared: attributes first, then the data of the side that
@@ -420,7 +454,7 @@ cdef class Memory:
         cdef uint64_t at = first
         size = int(last) - first + 1  # up to 2**64: a guest may ask for everything there is
         cdef Result result
-        self.handle.users += 1  # close() waits
+        self.handle.begin_use()  # close() waits
         try:
             while True:
                 with nogil:
@@ -444,7 +478,7 @@ cdef class Memory:
                            f"{at - first:#x} bytes done")
             raise
         finally:
-            self.handle.users -= 1
+            self.handle.end_use()
         raise self._refusal(first, size, private, result)
 
     cdef int look_around(self) except -1:
@@ -464,8 +498,7 @@ cdef class Memory:
         if not 0 <= index(gpa) <= UINT64_MAX:
             raise ValueError(f"gpa {gpa:#x} is no 64-bit address")
         at = gpa
-        self.handle.check()
-        self.handle.users += 1  # close() waits
+        self.handle.begin_use()  # close() waits
         try:
             while True:
                 with nogil:
@@ -474,7 +507,7 @@ cdef class Memory:
                     return None if state < 0 else state == 1
                 self.look_around()
         finally:
-            self.handle.users -= 1
+            self.handle.end_use()
 
     def ranges(self):
         """-> a list of MemoryRange(gpa, size, private): the slots' memory as runs of one state, as long as they can be, by
@@ -482,8 +515,7 @@ cdef class Memory:
         cdef Run *runs = NULL
         cdef size_t count = 0
         cdef Step step = BUSY
-        self.handle.check()
-        self.handle.users += 1  # close() waits
+        self.handle.begin_use()  # close() waits
         try:
             while True:
                 with nogil:
@@ -492,7 +524,7 @@ cdef class Memory:
                     break
                 self.look_around()
         finally:
-            self.handle.users -= 1
+            self.handle.end_use()
         if step != DONE:
             raise MemoryError
         try:
@@ -506,8 +538,8 @@ cdef class Memory:
         cdef Slot slot
         cdef list found = []
         self.handle.check()
-        for slot in self.slots:
-            if slot.dirty_ is not None:
+        for slot in self.present():
+            if slot.log() is not None:
                 for run in slot.dirty():
                     if found and sum(found[-1]) == run.gpa:
                         run = DirtyRange(found[-1].gpa, found.pop().size + run.size)
@@ -518,11 +550,13 @@ cdef class Memory:
         """The same as array("Q") of the pages' guest-physical addresses, in order; numpy.frombuffer(pages, "u8") is a
         view."""
         cdef Slot slot
+        cdef SlotDirty dirty
         found = array("Q")
         self.handle.check()
-        for slot in self.slots:
-            if slot.dirty_ is not None:
-                found += slot.dirty_.addresses(slot.dirty_.take())
+        for slot in self.present():
+            dirty = slot.log()
+            if dirty is not None:
+                found += dirty.addresses(dirty.take())
         return found
 
     def collect_dirty(self):
@@ -555,7 +589,7 @@ cdef class Memory:
             self.transfer(index(gpa), <char *>&source[0], len(view), True)
 
     def __repr__(self):
-        return f"Memory({list(self.slots)})"
+        return f"Memory({list(self.present())})"
 
     # ---- the rest is internal ----
 
@@ -566,7 +600,7 @@ cdef class Memory:
         done = result.at - gpa
         if result.step in (NO_SLOT, NO_PRIVATE_SIDE, UNDECIDED_DISCARD, NO_BACKEND):
             why = {
-                NO_SLOT: f"no slot covers {where}; there are {list(self.slots)}",
+                NO_SLOT: f"no slot covers {where}; there are {list(self.present())}",
                 NO_PRIVATE_SIDE: f"{slot!r} at {where} has no guest_memfd: add it with guest_memfd=True",
                 UNDECIDED_DISCARD: f"{slot!r} at {where} is the caller's memory: say in add() whether conversions may "
                                    "discard its data, discard=True or False",
@@ -658,7 +692,7 @@ cdef class Memory:
 
     def _check_free(self, gpa, size):
         cdef Slot slot
-        for slot in self.slots:
+        for slot in self.slots_:
             if slot.gpa < gpa + size and gpa <= slot.gpa + (slot.size - 1):  # which may be the last address there is
                 raise ValueError(
                     f"gpa {gpa:#x}, size {size:#x} overlaps {slot!r}: remove that slot, or choose other addresses")
@@ -680,7 +714,8 @@ cdef class Memory:
         self.handle.check()
         cdef int number = self._reserve_number()
         if number < 0:
-            raise KvmError(errnos.ENOSPC, "KVM_SET_USER_MEMORY_REGION2", f"all memslots are in use: {len(self.slots)} slots")
+            raise KvmError(
+                errnos.ENOSPC, "KVM_SET_USER_MEMORY_REGION2", f"all memslots are in use: {len(self.slots_)} slots")
         slot.number_ = number
         try:
             if slot.log_dirty:
@@ -735,7 +770,7 @@ cdef class Memory:
         return self.handle.call("KVM_SET_USER_MEMORY_REGION", KVM_SET_USER_MEMORY_REGION, &region)
 
     cdef int change_slots(self, list added, list removed) except -1:
-        """Publish a new set of slots. Readers hold the GIL, as we do, so they see one set or the other.
+        """Publish a new set of slots. Readers hold the GIL, or are in this section, so they see one set or the other.
 
         Making it may run a finalizer that changes the set as well: then once more.
         """
@@ -744,34 +779,37 @@ cdef class Memory:
         cdef Py_ssize_t i
         cdef tuple before, after = ()
         while True:
-            before = self.slots
+            before = self.slots_
             after = tuple(sorted([s for s in before if s not in removed] + added, key=_by_gpa))
             spans = <Span *>malloc(max(len(after), 1) * sizeof(Span))
             if spans == NULL:
                 raise MemoryError
             for i, slot in enumerate(after):
                 spans[i] = Span(slot.gpa, slot.gpa + (slot.size - 1))
-            if self.slots is before:
+            if self.slots_ is before:
                 break
             free(spans)
         # Nothing from here on runs Python code: `before` keeps the old set's objects.
-        free(self.spans)
-        self.spans = spans
-        self.slots = after
+        with cython.critical_section(self):
+            free(self.spans)
+            self.spans = spans
+            self.slots_ = after
         kvmexit_next_generation(&self.converter.generation)
         return 0
 
     cdef object slot_at(self, uint64_t gpa):
         """The slot that covers `gpa`, or None."""
-        cdef Py_ssize_t low = 0, high = len(self.slots), middle
-        while low < high:
-            middle = (low + high) // 2
-            if gpa > self.spans[middle].last:
-                low = middle + 1
-            elif gpa < self.spans[middle].first:
-                high = middle
-            else:
-                return self.slots[middle]
+        cdef Py_ssize_t low = 0, high, middle
+        with cython.critical_section(self):
+            high = len(self.slots_)
+            while low < high:
+                middle = (low + high) // 2
+                if gpa > self.spans[middle].last:
+                    low = middle + 1
+                elif gpa < self.spans[middle].first:
+                    high = middle
+                else:
+                    return self.slots_[middle]
         return None
 
     def withdraw(self):
@@ -781,7 +819,7 @@ cdef class Memory:
         if self.handle.fd < 0 or self.handle.forks != forks():
             return
         with self.lock:
-            for slot in self.slots:
+            for slot in self.slots_:
                 if slot.adopted:
                     continue
                 try:
@@ -797,10 +835,10 @@ cdef class Memory:
         cdef Slot slot
         with self.lock:
             self.converter.count = 0
-            for slot in self.slots:
-                slot.view_ = slot.mapping = slot.conversions = None
-                slot.close_fd()
-            self.slots = ()
+            for slot in self.slots_:
+                slot.let_go()
+            with cython.critical_section(self):
+                self.slots_ = ()
         self.dirty_log.close()
 
     cdef int transfer(self, gpa, char *local, size_t n, bint to_guest) except -1:
@@ -817,7 +855,7 @@ cdef class Memory:
             at = gpa + done
             slot = self.slot_at(at)
             if slot is None:
-                raise ValueError(f"no slot covers gpa {at:#x}; {done} of {n} bytes done; there are {list(self.slots)}")
+                raise ValueError(f"no slot covers gpa {at:#x}; {done} of {n} bytes done; there are {list(self.present())}")
             here = min(n - done, slot.size - (at - slot.gpa))
             ours = iovec(local + done, here)
             theirs = iovec(<void *><uintptr_t>(slot.hva + (at - slot.gpa)), here)

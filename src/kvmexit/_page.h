@@ -99,8 +99,8 @@ struct kvmexit_vcpu {
 };
 
 /*
- * Whose run it is. Python's run() claims with the GIL held, the C API's without: so what Python does in one section must
- * not rely on nobody claiming meanwhile. It need not: a thread that wants everybody out (pause(), close()) sets a bit of
+ * Whose run it is. Python's run() claims with the GIL held or in a critical section on the page, the C API's without: so what
+ * Python does in one section must not rely on nobody claiming meanwhile. It need not: a thread that wants everybody out (pause(), close()) sets a bit of
  * `request` first and looks at owners then, a runner claims first and looks at `request` then, so one of them sees the
  * other. All sequentially consistent.
  */

@@ -100,6 +100,10 @@ cdef void settle_registers(kvmexit_vcpu *c) noexcept nogil:
     c.flushed = 0
 
 
+cdef object closed():
+    return Error("this vCPU's VM is closed")
+
+
 cdef object busy():
     return VcpuBusyError("registers of a running vCPU: another thread is inside run(); kick() it and wait, or use a handler")
 
@@ -118,10 +122,11 @@ cdef class Page:
             munmap(self.c.run, self.c.run_size)
 
     cdef void close(self) noexcept:
-        if self.borrowed and self.handle.forks == forks():
-            self.c.run.kvm_valid_regs = self.borrowed_valid_regs
-            self.c.run.immediate_exit = self.c.run.request_interrupt_window = 0
-        self.borrowed = False
+        with cython.critical_section(self):  # two threads may close a VM
+            if self.borrowed and self.handle.forks == forks():
+                self.c.run.kvm_valid_regs = self.borrowed_valid_regs
+                self.c.run.immediate_exit = self.c.run.request_interrupt_window = 0
+            self.borrowed = False
         if self.handle is not None:
             self.handle.close()
         self.c.fd = -1
@@ -142,19 +147,36 @@ cdef class Page:
         if owner and owner != PyThread_get_thread_ident():
             raise busy()
         if self.handle.closed:
-            raise Error("this vCPU's VM is closed")
+            raise closed()
         return 0
 
     cdef bint hold(self) except -1:
-        """Keep the C API from running the vCPU while we look at it or change it with the GIL held; VcpuBusyError where
-        another thread runs it. -> whether kvmexit_disown() has to follow: this thread is not in a run() of it. Nobody who
-        waits in pause() sees that, since it takes the GIL to look."""
+        """Keep others from running the vCPU while we look at it or change it; VcpuBusyError where another thread runs it.
+        -> whether kvmexit_disown() has to follow: this thread is not in a run() of it.
+
+        With the GIL held until then, or on free-threaded Python in a critical section on this page: so Python's threads that
+        hold it, begin a run() or look who is out in pause() wait for each other, and find nobody holding. Only the C API
+        does not wait.
+        """
         cdef unsigned long me = PyThread_get_thread_ident()
         if kvmexit_owner(&self.c) == me:
             return False
         if not kvmexit_claim(&self.c, me):
             raise busy()
+        if kvmexit_requests(&self.c) & KVMEXIT_REQUEST_CLOSED:  # after the claim, as in run(): or close() waits for us
+            kvmexit_disown(&self.c)
+            raise closed()
         return True
+
+    cdef bint hold_current(self, int which) except -1:
+        """hold(), with the page's copy of these register classes current."""
+        cdef bint held = self.hold()
+        while which & ~self.c.valid:
+            if held:
+                kvmexit_disown(&self.c)
+            self.load(which)
+            held = self.hold()
+        return held
 
     cdef int load(self, int which) except -1:
         """Make the page's copy of these register classes current."""
@@ -169,7 +191,7 @@ cdef class Page:
                 if self.c.fd >= 0:
                     self.handle.call(_NAMES[k.get], k.get, &fetched)
                 held = self.hold()
-                # The GIL was released: had another thread run the vCPU meanwhile, these would be old registers.
+                # Had another thread run the vCPU meanwhile, these would be old registers.
                 stale = self.c.entries != entries
                 if not stale:
                     if self.c.fd >= 0:
@@ -185,10 +207,8 @@ cdef class Page:
         """flush_registers(), with the GIL released; KvmError where KVM refuses."""
         cdef unsigned long call = 0
         cdef int error
-        self.handle.users += 1  # close() waits
         with nogil:
             error = flush_registers(&self.c, &call)
-        self.handle.users -= 1
         if error:
             raise KvmError(error, _NAMES[call])
         return 0

@@ -69,12 +69,12 @@ cdef class Register:
         page = view.page
         at = view.start + self.offset
         page.check_mine()
-        page.load(view.which)
-        held = page.hold()
-        for i in range(self.size):
-            value[i] = page.c.value[at + i] if page.c.mask[at + i] else (<uint8_t *>&page.c.run.s.regs)[at + i]
-        if held:
-            kvmexit_disown(&page.c)
+        with cython.critical_section(page):
+            held = page.hold_current(view.which)
+            for i in range(self.size):
+                value[i] = page.c.value[at + i] if page.c.mask[at + i] else (<uint8_t *>&page.c.run.s.regs)[at + i]
+            if held:
+                kvmexit_disown(&page.c)
         return int.from_bytes(value[:self.size], "little")
 
     def __set__(self, instance, value):
@@ -87,12 +87,13 @@ cdef class Register:
             data = index(value).to_bytes(self.size, "little")
         except OverflowError:
             raise ValueError(f"{value:#x} does not fit an unsigned register of {8 * self.size} bits") from None
-        held = page.hold()
-        memcpy(page.c.value + view.start + self.offset, <const char *>data, self.size)
-        memset(page.c.mask + view.start + self.offset, 1, self.size)
-        page.c.written |= view.which
-        if held:
-            kvmexit_disown(&page.c)
+        with cython.critical_section(page):
+            held = page.hold()
+            memcpy(page.c.value + view.start + self.offset, <const char *>data, self.size)
+            memset(page.c.mask + view.start + self.offset, 1, self.size)
+            page.c.written |= view.which
+            if held:
+                kvmexit_disown(&page.c)
 
 
 @cython.final

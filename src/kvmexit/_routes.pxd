@@ -35,9 +35,10 @@ cdef class RouteTable:
 
 
 cdef class Routing:
-    cdef readonly RouteTable table  # the present one
+    cdef RouteTable table           # the present one
     cdef const void *cell           # the same for the burst
     cdef dict retired               # tables that a burst may still use: serial -> (table, [(page, native)])
 
+    cdef RouteTable present(self)
     cdef int attach(self, Page page) except -1
     cdef int reap(self) except -1

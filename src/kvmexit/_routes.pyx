@@ -13,6 +13,7 @@ from bisect import insort
 from time import sleep
 
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -26,8 +27,14 @@ cdef extern from "_routes.h" nogil:
     void kvmexit_publish(const void **, const kvmexit_table *, int *fenced)
     uint64_t kvmexit_native(const kvmexit_vcpu *)
 
+cdef extern from *:
+    """
+    static uint64_t kvmexit_serials; /* of tables: all VMs' */
+    #define kvmexit_next_serial() __atomic_add_fetch(&kvmexit_serials, 1, __ATOMIC_RELAXED)
+    """
+    uint64_t kvmexit_next_serial()
+
 cdef int _fenced = kvmexit_lacks_membarrier()  # then the vCPU's side makes its own barriers
-cdef uint64_t _serial = 0  # of tables; changed with the GIL held
 _LOOK_S = 0.0005  # while remove() waits for a native handler
 
 
@@ -85,7 +92,6 @@ cdef class RouteTable:
     classes. What is registered for `Exit` comes last."""
 
     def __cinit__(self, entries=(), RouteTable before=None):
-        global _serial
         entries = sorted(entries, key=_order)
         old = () if before is None else before.entries
         touched = {entry.place for entry in {*entries} ^ {*old}}
@@ -102,8 +108,7 @@ cdef class RouteTable:
         else:
             self.blocks = _blocks(plans[KVM_EXIT_IO])
         self.build()
-        _serial += 1
-        self.table.serial = _serial
+        self.table.serial = kvmexit_next_serial()
         self.table.owner = <void *>self
 
     def __dealloc__(self):
@@ -187,12 +192,17 @@ cdef class Routing:
     """The present table of one VM, and those before it that a burst may still be using.
 
     Any allocation may run a finalizer that adds or removes routes, too: so each step leaves everything as the next needs it.
+    Only who has the VM's lock swaps. Anybody looks: present(), reap() and settle() run on several threads at once.
     """
 
     def __cinit__(self):
         self.table = RouteTable()
         self.cell = &self.table.table
         self.retired = {}
+
+    cdef RouteTable present(self):
+        with cython.critical_section(self):
+            return self.table
 
     cdef int attach(self, Page page) except -1:
         """Have a vCPU use this. Its Vcpu holds the VM, so the cell stays where it is."""
@@ -205,7 +215,8 @@ cdef class Routing:
         cdef Page page
         if self.table is not before:
             return False
-        self.table = after
+        with cython.critical_section(self):
+            self.table = after
         kvmexit_publish(&self.cell, &after.table, &_fenced)
         using = []
         for page in pages:
@@ -225,10 +236,11 @@ cdef class Routing:
 
     def settle(self):
         """Wait, without the GIL, until every table that was retired so far is out of use (R7)."""
-        newest = max(self.retired, default=0)
+        newest = max(list(self.retired), default=0)  # a copy: others add and reap
         self.reap()
-        while min(self.retired, default=newest + 1) <= newest:
+        while min(list(self.retired), default=newest + 1) <= newest:
             sleep(_LOOK_S)
+            PyErr_CheckSignals()  # sleep() does where it was interrupted; one that came just before waits for us
             self.reap()
 
 

@@ -96,13 +96,16 @@ cdef class Recorder:
 
     def stats(self):
         """-> Stats since the last reset()."""
-        baseline = self.baseline  # first: a reset() meanwhile would be later than the snapshot
+        with cython.critical_section(self):
+            baseline = self.baseline  # first: a reset() meanwhile would be later than the snapshot
         now = self.snapshot()
         return now if baseline is None else now - baseline
 
     def reset(self):
         """Begin anew."""
-        self.baseline = self.snapshot()
+        snapshot = self.snapshot()
+        with cython.critical_section(self):
+            self.baseline = snapshot
 
     cdef object snapshot(self):
         cdef uint64_t[::1] view

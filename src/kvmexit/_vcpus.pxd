@@ -12,6 +12,7 @@ cdef class Vcpus:
     cdef list run_by(self, unsigned long me)
     cdef bint stopped(self, unsigned long me)
     cdef int ask(self) except -1
+    cdef int release(self) except -1
 
 
 cdef void stopped_one() noexcept nogil

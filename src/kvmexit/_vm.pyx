@@ -226,11 +226,11 @@ cdef class VM:
             me = PyThread_get_thread_ident()
             if me in [kvmexit_owner(&(<Page>page).c) for page in self.vcpus.pages()]:
                 raise Error("close() from a handler of a running vCPU: return STOP, and close after run()")
-            self.handle.closed = True  # from here on run() and everything else is refused
+            self.handle.shut()  # from here on run() and everything else is refused
             self.vcpus.close()
             # Every close() waits, also a second one: descriptors are not taken from under a vCPU or an ioctl.
-            while self.handle.users or any([
-                    kvmexit_in_use(&(<Page>page).c) or (<Page>page).handle.users for page in self.vcpus.pages()]):
+            while self.handle.in_use() or any([
+                    kvmexit_in_use(&(<Page>page).c) or (<Page>page).handle.in_use() for page in self.vcpus.pages()]):
                 for page in self.vcpus.pages():
                     if kvmexit_owner(&(<Page>page).c):
                         try:
@@ -238,15 +238,22 @@ cdef class VM:
                         except KvmError:
                             pass  # the signal queue is full: again in a moment
                 time.sleep(0.001)  # with the GIL released; raises on Ctrl-C, and close() can be called again
+            with self.lock:
+                self._release(self.adopted)
+        else:  # where the lock may be a thread's that is not there
+            self._release(False)
+
+    def _release(self, withdraw):
+        """What is left of close() when nobody is at work on it. `withdraw`: the VM lives on without us."""
         for page in self.vcpus.pages():
-            if self.adopted and mine and not (<Page>page).c.completes:
+            if withdraw and not (<Page>page).c.completes:
                 (<Page>page).flush()  # what was written last is the vCPU's, whoever runs it next
             (<Page>page).close()
-        if self.adopted and mine:
+        if withdraw:
             self.eventfds.withdraw()
         self.eventfds.close()
         if self.memory is not None:
-            if self.adopted and mine:
+            if withdraw:
                 self.memory.withdraw()
             self.memory.close()
         self.handle.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from guests import CODE, OUT_FOREVER, load, stress
-from processes import HERE, in_thread, leaks, python
+from processes import HERE, in_thread, leaks, python, unsanitized
 
 import kvmexit
 from kvmexit import PASS, Hlt, Interrupted, Io, KvmError, TraceError, native
@@ -756,6 +756,7 @@ def test_a_file_that_is_cut_ends_the_recording_alone(scripted, tmp_path):
         kvmexit.load(tmp_path / "t")
 
 
+@unsanitized("its report is of the SIGBUS")
 def test_another_sigbus_is_whose_it_was(tmp_path):
     """A recording takes only what is its own."""
     done = python(f"""

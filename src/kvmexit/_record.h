@@ -505,9 +505,11 @@ static void kvmexit_trace_close(struct kvmexit_trace *t, int forked)
             kvmexit_trace_ring(t);
             pthread_join(t->helper, NULL);
         }
-        kvmexit_trace_touch(t);
-        kvmexit_trace_finish(t, t->failed ? KVMEXIT_TRACE_FAILED : KVMEXIT_TRACE_CLOSED);
-        kvmexit_trace_touch(NULL);
+        if (t->failed != KVMEXIT_TRACE_TRUNCATED) { /* else its header may be gone, too */
+            kvmexit_trace_touch(t);
+            kvmexit_trace_finish(t, t->failed ? KVMEXIT_TRACE_FAILED : KVMEXIT_TRACE_CLOSED);
+            kvmexit_trace_touch(NULL);
+        }
         if (next->state == KVMEXIT_PART_READY) { /* never begun */
             char name[PATH_MAX + 16];
             kvmexit_trace_name(t, next->number, name);

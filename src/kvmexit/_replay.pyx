@@ -417,8 +417,7 @@ cdef class Trace:
     @property
     def vcpus(self):
         """The ids of the vCPUs."""
-        cdef Source source
-        return sorted({source.header.vcpu for source in self.sources})
+        return sorted({(<Source>source).header.vcpu for source in self.sources})
 
     @property
     def closed(self):

@@ -1,5 +1,5 @@
-"""What fuzz/run has libFuzzer call, and fuzz/coverage replays: inputs become returns of KVM_RUN, and what kvmexit makes of them
-is held against a model. README.md says which targets there are.
+"""What fuzz/run has libFuzzer call, and fuzz/coverage replays: inputs become returns of KVM_RUN, and what kvmexit makes of
+them is held against a model. README.md says which targets there are.
 
 An input is a configuration (a byte: who answers what) and then, as they are needed, *steps*, what KVM_RUN returns next, and
 *actions*, what the vCPU's user does then. All of it is native: no GIL, but for the target `python`.
@@ -10,10 +10,9 @@ import mmap
 import os
 import sys
 
-cimport cython
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
-from libc.errno cimport EAGAIN, EBADF, EFAULT, EINTR, EINVAL, EIO, ENODATA, ENOMEM, ENOSYS, EPERM
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EINVAL, EIO, ENODATA, ENOMEM, ENOSYS
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdio cimport fprintf, stderr
 from libc.stdlib cimport abort, atexit, calloc, malloc
 from libc.string cimport memcmp, memcpy, memset
@@ -58,7 +57,7 @@ cdef extern from "_ring.h" nogil:
 
 cdef extern from "include/kvmexit/embed.h" nogil:
     enum:
-        KVMEXIT_RUN_EXIT, KVMEXIT_RUN_PYTHON, KVMEXIT_RUN_KICKED, KVMEXIT_RUN_TIMED_OUT, KVMEXIT_RUN_LOOPING, KVMEXIT_RUN_BROKEN
+        KVMEXIT_RUN_EXIT, KVMEXIT_RUN_PYTHON, KVMEXIT_RUN_KICKED, KVMEXIT_RUN_BROKEN
     const uint64_t KVMEXIT_FOREVER
     struct kvmexit_api:
         kvmexit_vcpu *(*vcpu)(void *) except NULL
@@ -121,8 +120,8 @@ _logs = []
 
 
 cdef int die(Machine *m, const char *what) noexcept nogil:
-    fprintf(stderr, "fuzz: %s (machine %d, reason %u, place %u, errno %d, owes %d, answered %d)\n", what, <int>(m - machines),
-            m.v.reason, m.v.place, m.v.error, <int>m.owes, m.v.answered)
+    fprintf(stderr, "fuzz: %s (machine %d, reason %u, place %u, errno %d, owes %d, answered %d)\n", what,
+            <int>(m - machines), m.v.reason, m.v.place, m.v.error, <int>m.owes, m.v.answered)
     abort()
     return 0
 
@@ -220,7 +219,6 @@ cdef void check_shadow(Machine *m) noexcept nogil:
     cdef Converter *c = <Converter *>m.v.converter
     cdef Region *r
     cdef size_t i
-    cdef uint64_t page, first, last
     if m.backend == NULL:
         return
     replay_log(m)
@@ -277,8 +275,8 @@ cdef bint has_all(Machine *m, uint64_t first, uint64_t last, bint private) noexc
 # ---- KVM_RUN ----
 
 cdef int ERRORS[32]
-ERRORS[:] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, EFAULT, EFAULT, EFAULT, EHWPOISON, EINTR, EINTR, EAGAIN, ENOMEM,
-             EINVAL, EIO, -1, -2]  # -1: any; -2: success with no reason written
+ERRORS[:] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, EFAULT, EFAULT, EFAULT, EHWPOISON, EINTR, EINTR,
+             EAGAIN, ENOMEM, EINVAL, EIO, -1, -2]  # -1: any; -2: success with no reason written
 
 
 cdef int enter_fuzzed(kvmexit_vcpu *v) noexcept nogil:
@@ -438,9 +436,9 @@ cdef void check_returned(Machine *m, int what, const kvmexit_exit *exit) noexcep
 cdef void renew(Machine *m) noexcept nogil:
     """Another vCPU: the one there is owes an answer that nobody can give."""
     cdef kvmexit_vcpu *v = m.v
-    cdef uint64_t native = v.native, seq = v.seq, exit_seq = v.exit_seq, generation = v.generation
+    cdef uint64_t count = v.native, seq = v.seq, exit_seq = v.exit_seq, generation = v.generation
     memcpy(v, &m.fresh, sizeof(kvmexit_vcpu))
-    v.native, v.seq, v.exit_seq, v.generation = native, seq, exit_seq, generation
+    v.native, v.seq, v.exit_seq, v.generation = count, seq, exit_seq, generation
     m.open = m.owes = m.contradicts = m.kicked = False
     m.answer_size = 0
     m.fault_wants = -1
@@ -592,7 +590,7 @@ cdef public int fuzz_serial(const uint8_t *data, size_t size) noexcept nogil:
     global accesses
     cdef Machine *m = begin(data, size, 0)
     cdef kvmexit_exit exit
-    cdef uint64_t expected = 0, i, j, at
+    cdef uint64_t expected = 0, i, at
     cdef uint8_t lcr, mcr, scr = 0
     cdef uint8_t *guarded = _bytes
     memcpy(serial, serial_kept.copy, serial_kept.size)
@@ -908,8 +906,9 @@ def _devices(vm, int i):
     vm.on_pio(0x80, 1, native.Ignore(-1))
     bell = native.EventFd(os.eventfd(0, os.EFD_NONBLOCK))
     vm.on_pio(0x81, 3, bell)
-    for first, count, handler in [(0x60, 5, native.Registers(bytearray(5))), (0x61, 1, native.Counter()), (0x100, 16, posted)]:
-        vm.on_pio(first, count, handler)
+    vm.on_pio(0x60, 5, native.Registers(bytearray(5)))
+    vm.on_pio(0x61, 1, native.Counter())
+    vm.on_pio(0x100, 16, posted)
     vm.on_mmio(0xd0000000, 0x1000, native.Registers(bytearray(0x123), bytes(i % 7 == 0 for i in range(0x123))))
     vm.on_mmio(0xd0000010, 4, native.Ignore(0x1122334455667788))
     vm.on_mmio(0xd0001000, 0x1000, stops)

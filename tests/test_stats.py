@@ -613,7 +613,9 @@ def test_readers_beside_running_vcpus(scripted):
     def read(vcpu):
         nonlocal looks
         seen = 0
-        while threads[vcpu.id].is_alive() and not wrong:
+        going = True
+        while going and not wrong:
+            going = threads[vcpu.id].is_alive()  # it may be through before we begin: one look at least
             last = vcpu.last_exits
             numbers = [e.address // PAGE for e in last]
             if [e for e in last if e.rip != e.address or e.size != 1 or e.reason is not ExitReason.MMIO]:

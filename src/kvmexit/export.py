@@ -17,7 +17,7 @@ from kvmexit._replay import TraceRecord
 __all__ = ["COLUMNS", "address_of", "as_row", "classes", "events", "name_of", "write_csv", "write_perfetto"]
 
 COLUMNS = (
-    "index", "vcpu", "entered_ns", "left_ns", "outcome", "exit", "address", "size", "is_write", "private", "data",
+    "number", "vcpu", "entered_ns", "left_ns", "outcome", "exit", "address", "size", "is_write", "private", "data",
     "answer", "rip", "errno",
 )  # fmt: skip
 """Of a row: `exit` is the exit's class, or of a return that is none the name of its errno; `address` the port,
@@ -46,7 +46,7 @@ def as_row(record: TraceRecord) -> dict[str, Any]:
     size, is_write, private = (getattr(record.exit, name, None) for name in ("size", "is_write", "private"))
     data = getattr(record.exit, "data", None) if is_write else None
     return {
-        "index": record.index, "vcpu": record.vcpu, "entered_ns": record.entered_ns, "left_ns": record.left_ns,
+        "number": record.number, "vcpu": record.vcpu, "entered_ns": record.entered_ns, "left_ns": record.left_ns,
         "outcome": record.outcome, "exit": name_of(record), "address": address_of(record), "size": size,
         "is_write": is_write, "private": private, "data": data.hex() if isinstance(data, bytes) else None,
         "answer": record.answer.hex() or None, "rip": record.rip, "errno": record.errno,

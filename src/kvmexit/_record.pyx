@@ -189,7 +189,7 @@ cdef class Recorder:
     cdef int switch(self, bint on) except -1:
         """Attach the writer to the vCPU, or detach it: where another thread runs that, its VM is paused for the moment."""
         try:
-            self.switch_now(on)
+            self.switch_now(on, False)
             return 0
         except VcpuBusyError:
             vm = self.vm()
@@ -197,34 +197,36 @@ cdef class Recorder:
                 raise
         vm.pause()
         try:
-            self.switch_now(on)
+            self.switch_now(on, True)
         finally:
             vm.resume()
         return 0
 
-    cdef int switch_now(self, bint on) except -1:
-        """The same with the GIL held throughout: so nobody begins a run() meanwhile, and who is parked (P19) stays so until
-        the pause ends: it looks at its requests, sequentially consistent, before it enters again."""
+    cdef int switch_now(self, bint on, bint paused) except -1:
+        """The same with the GIL held throughout, or on free-threaded Python in the page's critical section: so no Python thread
+        begins a run() meanwhile, and the claim keeps C's out. `paused`, by us: then who is parked (P19) stays so: it looks at
+        its requests, sequentially consistent, before it enters again."""
         cdef kvmexit_vcpu *c = &self.page.c
         cdef unsigned long me = PyThread_get_thread_ident()
         cdef bint held = False, pending
-        if kvmexit_owner(c) != me and not kvmexit_parked(c):
-            held = kvmexit_claim(c, me)
-            if not held:
-                raise VcpuBusyError(f"vCPU {c.id} is running in another thread")
-        try:
-            pending = c.unsettled or (c.needs and not c.answered)
-            if on and self.page.trace is not None:
-                raise Error(f"vCPU {c.id} is being recorded already")
-            if on:
-                kvmexit_trace_attach(self.writer.c, c, pending or c.completes)
-                self.page.trace = self.writer
-            else:
-                kvmexit_trace_detach(self.writer.c, c, pending)
-                self.page.trace = None
-        finally:
-            if held:
-                let_go(c)
+        with cython.critical_section(self.page):
+            if kvmexit_owner(c) != me and not (paused and kvmexit_parked(c)):
+                held = kvmexit_claim(c, me)
+                if not held:
+                    raise VcpuBusyError(f"vCPU {c.id} is running in another thread")
+            try:
+                pending = c.unsettled or (c.needs and not c.answered)
+                if on and self.page.trace is not None:
+                    raise Error(f"vCPU {c.id} is being recorded already")
+                if on:
+                    kvmexit_trace_attach(self.writer.c, c, pending or c.completes)
+                    self.page.trace = self.writer
+                else:
+                    kvmexit_trace_detach(self.writer.c, c, pending)
+                    self.page.trace = None
+            finally:
+                if held:
+                    let_go(c)
         return 0
 
     def close(self):

@@ -203,9 +203,9 @@ cdef class Recorder:
         return 0
 
     cdef int switch_now(self, bint on, bint paused) except -1:
-        """The same with the GIL held throughout, or on free-threaded Python in the page's critical section: so no Python thread
-        begins a run() meanwhile, and the claim keeps C's out. `paused`, by us: then who is parked (P19) stays so: it looks at
-        its requests, sequentially consistent, before it enters again."""
+        """The same with the GIL held throughout, or on free-threaded Python in the page's critical section: so no thread of
+        Python's begins a run() meanwhile, and the claim keeps C's out. `paused`, by us: then who is parked (P19) stays so,
+        since it looks at its requests, sequentially consistent, before it enters again."""
         cdef kvmexit_vcpu *c = &self.page.c
         cdef unsigned long me = PyThread_get_thread_ident()
         cdef bint held = False, pending

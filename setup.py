@@ -23,6 +23,8 @@ SWITCHES = {
     "fuzz": ["-g", "-fsanitize=fuzzer-no-link,address,undefined", "-fno-sanitize-recover=undefined",
              "-fno-omit-frame-pointer", "-fno-sanitize=pointer-overflow"],  # Cython adds 0 to NULL
 }
+# No exit goes through these: small, not fast.
+COLD = {"_dirty", "_eventfd", "_ioctl", "_memory", "_msr_filter", "_registers", "_stats", "_vm"}
 MAKES_NOTHING = {"sdist", "egg_info", "--version", "--name"}  # the sdist has no generated C
 
 
@@ -49,7 +51,8 @@ def extensions():
             define_macros=macros,
             # no-strict-aliasing: an exit's payload, an array of words, is read through struct kvm_run
             extra_compile_args=[
-                "-std=gnu11", "-fvisibility=hidden", "-fno-plt", "-fno-strict-aliasing", *(flags or ["-g0"])],
+                "-std=gnu11", "-fvisibility=hidden", "-fno-plt", "-fno-strict-aliasing",
+                *(flags or ["-g0", *(["-Os"] if path.stem in COLD else [])])],
             extra_link_args=links or ["-Wl,--strip-debug"],
             depends=[str(p) for p in sorted(SOURCE.rglob("*.h"))],
             py_limited_api=stable_abi(),

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import weakref
 
 from guests import OUT_FOREVER, SPIN, load
@@ -298,6 +299,7 @@ def happens(place, event):
 
 def main():
     """Have it happen, and say so."""
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)  # it is the point
     place, event = sys.argv[1:3]
     if event == "interrupt":
         interrupted(place)

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from guests import CODE, Typed, load, stress
-from processes import compiled, in_thread, leaks, preload, python, unsanitized
+from processes import compiled, in_thread, leaks, needs_gil, preload, python, unsanitized
 
 import kvmexit
 from kvmexit import ConversionError, SlotRebind, handlers
@@ -145,6 +145,7 @@ def test_a_closed_guest_memfd_keeps_nothing_to_discard(scripted):
     scripted.memory.remove(slot)
 
 
+@needs_gil("its allocator calls madvise(), too")
 def test_an_interrupted_call_is_made_again(tmp_path_factory):
     """Attributes and both discards; and what KVM is told, in its own struct."""
     done = python("""

@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from processes import needs_gil
 
 import kvmexit
 from kvmexit import native
@@ -79,6 +80,7 @@ def test_a_handler(build, path, module):
     assert build(path).endswith("echo: 1200 accesses, all answered without Python\n")
 
 
+@needs_gil("this one is built without a library to link with")
 def test_a_c_program_that_embeds(build):
     if config() is None:
         pytest.skip("this Python cannot be embedded: it has no python3-config (on Debian: python3-dev)")

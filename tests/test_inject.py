@@ -3,9 +3,10 @@
 import inject
 import pytest
 from guests import STRESS
-from processes import compiled, unsanitized
+from processes import compiled, needs_gil, unsanitized
 
 
+@needs_gil("its allocator makes system calls of its own")
 @unsanitized("it stands before libc's calls, where the sanitizers stand")
 @pytest.mark.timeout(900)
 def test_whatever_system_call_fails_nothing_is_lost_or_left_behind(tmp_path_factory, kvm):

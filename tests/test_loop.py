@@ -15,7 +15,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from processes import python
+from processes import needs_gil, python
 
 import kvmexit
 from kvmexit import PASS, STOP
@@ -1227,6 +1227,7 @@ def test_a_returned_exit_never_changes(scripted):
     assert (exit.port, exit.data) == (PORT, b"x")
 
 
+@needs_gil("that nobody else refers to it cannot be seen there")
 @pytest.mark.parametrize("step", [
     pio_out(PORT, b"x"), pio_in(PORT), mmio_write(GPA, b"x"), memory_fault(GPA), hypercall(12),
 ], ids=["out", "in", "mmio", "fault", "hypercall"])

@@ -202,6 +202,6 @@ def test_storms_end_where_they_end(state, way, number):
             with pytest.raises(Said) as said:
                 way(vcpu)
             assert said.value.args == (errno.ENOMEM,)
-            assert vcpu.pending.reason == 2
+            assert vcpu.pending is None or vcpu.pending.reason == 2  # a late tick has KVM complete it first
         assert by_run(vcpu).reason == 5
 

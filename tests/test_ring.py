@@ -111,7 +111,7 @@ def test_a_string_instruction_is_an_entry_for_each_access(scripted, size, count)
 
 @unsanitized("NumPy is not installed there")
 def test_a_batch_is_a_structured_array(scripted):
-    import numpy
+    numpy = pytest.importorskip("numpy", reason="numpy is missing")
 
     ring = everywhere(scripted, native.Ring())
     assert numpy.asarray(ring.drain()).shape == (0,)

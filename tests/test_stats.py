@@ -7,14 +7,13 @@ import gc
 import math
 import random
 import sys
-import sysconfig
 import time
 import types
 from itertools import pairwise
 
 import pytest
 from guests import CODE, OUT_FOREVER, Typed, load, stress
-from processes import compiled, in_thread
+from processes import compiled, in_thread, needs_gil
 from test_convert_threads import MEANWHILE, somebody_converts
 
 import kvmexit
@@ -400,7 +399,7 @@ def test_time_goes_to_who_spends_it(scripted, library):
     assert taken.native.percentile(100) >= spent["native"] * 0.96
 
 
-@pytest.mark.skipif(bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="there is no GIL")
+@needs_gil("nobody waits for it")
 def test_waiting_for_the_gil_is_seen(scripted, library):
     """Another thread keeps it, from before the exit that needs it to long after."""
     words = (ctypes.c_uint32 * 2)()

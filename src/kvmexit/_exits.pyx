@@ -179,7 +179,7 @@ cdef class Exit:
         cdef kvmexit_vcpu *c
         cdef bint held = False, current = self.is_current()
         if current:
-            self.page.check_mine()
+            self.page.check_mine_here()
             c = &self.page.c
             held = self.page.hold()
             current = self.is_current()

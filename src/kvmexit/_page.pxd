@@ -89,6 +89,7 @@ cdef class Page:
 
     cdef int check(self) except -1
     cdef int check_mine(self) except -1
+    cdef int check_mine_here(self) except -1
     cdef bint hold(self) except -1
     cdef bint hold_current(self, int which) except -1
     cdef int load(self, int which) except -1

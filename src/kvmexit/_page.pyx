@@ -141,9 +141,17 @@ cdef class Page:
         return 0
 
     cdef int check_mine(self) except -1:
-        """Raise where registers may not be touched: in a forked child, or while another thread runs the vCPU."""
+        """Raise where registers may not be touched: in a forked child, where the VM is closed, or while another thread runs the
+        vCPU. On free-threaded Python in the critical section of hold(): so who only looks is waited for."""
+        with cython.critical_section(self):
+            self.check_mine_here()
+        return 0
+
+    cdef int check_mine_here(self) except -1:
+        """The same in that section already."""
+        cdef unsigned long owner
         self.check()
-        cdef unsigned long owner = kvmexit_owner(&self.c)
+        owner = kvmexit_owner(&self.c)
         if owner and owner != PyThread_get_thread_ident():
             raise busy()
         if self.handle.closed:

@@ -155,6 +155,7 @@ with kvmexit.VM() as vm:
     vm.on_pio(0x80, 1, lambda vcpu, io: None)
     vm.on_pio(0x81, 1, lambda vcpu, io: 7)
     assert vcpu.run().port == 0x82
+    assert vcpu.run(timeout=0.02).cause == "timeout"
 sys.exit(3)
 """
 
@@ -166,9 +167,12 @@ def test_a_programs_guest_is_recorded(vm, tmp_path, monkeypatch):
     original, argv = kvmexit.VM, sys.argv
     assert main(["trace", "--record", str(tmp_path / "out"), str(script), OUT_IN_OUT.hex()]) == 3
     assert (kvmexit.VM, sys.argv) == (original, argv)
-    exits = [record.exit for record in kvmexit.load(tmp_path / "out" / "vm-0")]
+    trace = kvmexit.load(tmp_path / "out" / "vm-0")
+    assert trace.closed
+    exits = [record.exit for record in trace[:3]]
     assert [exit.port for exit in exits] == [0x80, 0x81, 0x82]
     assert exits[1].data == exits[2].data == b"\x07"
+    assert trace[-1].outcome == "timeout"
 
 
 # ---- decode ----

@@ -111,16 +111,14 @@ def _json(records: Iterator[TraceRecord], file: Any) -> None:
 
 def record(folder: str, script: str, *arguments: str) -> int:
     """Run a Python program with a VM that records itself; -> its exit status."""
-    count = 0
+    recorders: list[kvmexit.VMRecorder] = []
 
     class RecordedVM(kvmexit.VM):
         """VM, which the program finds in its place."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            nonlocal count
             super().__init__(*args, **kwargs)
-            self.record(Path(folder) / f"vm-{count}")
-            count += 1
+            recorders.append(self.record(Path(folder) / f"vm-{len(recorders)}"))
 
     original, argv, path = kvmexit.VM, sys.argv, sys.path[0]
     kvmexit.VM = RecordedVM  # type: ignore[misc]
@@ -131,6 +129,8 @@ def record(folder: str, script: str, *arguments: str) -> int:
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     finally:
         kvmexit.VM, sys.argv, sys.path[0] = original, argv, path  # type: ignore[misc]
+        for recorder in recorders:
+            recorder.close()  # what became of the last return is known now
     return 0
 
 

@@ -581,7 +581,7 @@ def test_files_rotate(scripted, tmp_path):
     script = [pio_out(0x80, bytes([i])) for i in range(250)]
     vcpu = scripted.create_vcpu(0, script, repeat=40)
     with vcpu.record(tmp_path / "t", rotate=65536) as recorder:
-        drive(vcpu)
+        in_thread(lambda: drive(vcpu)).join()  # where no tick is recorded
     assert recorder.files == [str(tmp_path / "t")] + [str(tmp_path / f"t.{i}") for i in range(1, 10)]
     trace = kvmexit.load(tmp_path / "t")
     assert [record.exit.data[0] for record in trace[:-1]] == list(range(250)) * 40
@@ -590,7 +590,7 @@ def test_files_rotate(scripted, tmp_path):
     assert kvmexit.replay(trace, strict=True).vm is not None
     vcpu = scripted.create_vcpu(1, script, repeat=40)
     with vcpu.record(tmp_path / "kept", rotate=65536, keep=3) as recorder:
-        drive(vcpu)
+        in_thread(lambda: drive(vcpu)).join()
     assert recorder.files == [str(tmp_path / f"kept.{i}") for i in (7, 8, 9)]
     kept = kvmexit.load(tmp_path / "kept")
     assert [record.exit for record in kept[-100:]] != []
@@ -774,7 +774,7 @@ with open({str(tmp_path / "cut")!r}, "wb+") as file:
 def test_a_full_disk_ends_the_recording_alone(tmp_path):
     """As by RLIMIT_FSIZE: what is there stays, and is said."""
     done = python(f"""
-import errno, resource, signal
+import errno, resource, signal, threading
 import kvmexit
 from kvmexit import native
 from kvmexit.testing import ScriptedVM, hlt, pio_out
@@ -784,7 +784,11 @@ vm.on_pio(0x80, 1, native.Ignore())
 vcpu = vm.create_vcpu(0, [pio_out(0x80, b"x")] * 20000 + [hlt()])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
 with vcpu.record({str(tmp_path / "t")!r}) as recorder:
-    assert isinstance(vcpu.run(), kvmexit.Hlt)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(vcpu.run()))  # where no tick is recorded
+    thread.start()
+    thread.join()
+    assert isinstance(results[0], kvmexit.Hlt)
 assert recorder.error.errno == errno.EFBIG, recorder.error
 assert recorder.records + recorder.lost == 20001
 assert recorder.records == ((1 << 19) - {HEADER}) // 64

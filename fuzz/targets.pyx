@@ -198,7 +198,6 @@ cdef void check_page(Machine *m) noexcept nogil:
     cdef kvmexit_vcpu *v = m.v
     cdef uint8_t *page = <uint8_t *>v.run
     cdef size_t i
-    memcpy(m.mirror, page, 2)            # request_interrupt_window, immediate_exit
     memcpy(m.mirror + 8, page + 8, 4)    # exit_reason
     memcpy(m.mirror + 288, page + 288, 16)  # valid_regs, dirty_regs
     memcpy(m.mirror + RING, page + RING, 4)  # the ring's `first`
@@ -206,8 +205,9 @@ cdef void check_page(Machine *m) noexcept nogil:
         memcpy(m.mirror + m.answer, page + m.answer, m.answer_size)
     if v.written:
         memcpy(m.mirror + 304, page + 304, 520)
-    if memcmp(m.mirror, page, RUN) != 0:
-        for i in range(RUN):
+    # The first two are request_interrupt_window and immediate_exit, which a tick sets at any moment.
+    if memcmp(m.mirror + 2, page + 2, RUN - 2) != 0:
+        for i in range(2, RUN):
             if m.mirror[i] != page[i]:
                 fprintf(stderr, "fuzz: at offset %lu of kvm_run\n", i)
                 break

@@ -18,7 +18,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import kvmexit
 from kvmexit import export
@@ -109,19 +109,22 @@ def _json(records: Iterator[TraceRecord], file: Any) -> None:
         print(json.dumps(export.as_row(entry)), file=file)
 
 
+class _RecordedVM(kvmexit.VM):
+    """VM, which a program finds in its place."""
+
+    folder: ClassVar[Path]
+    recorders: ClassVar[list[kvmexit.VMRecorder]] = []
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recorders.append(self.record(self.folder / f"vm-{len(self.recorders)}"))
+
+
 def record(folder: str, script: str, *arguments: str) -> int:
     """Run a Python program with a VM that records itself; -> its exit status."""
-    recorders: list[kvmexit.VMRecorder] = []
-
-    class RecordedVM(kvmexit.VM):
-        """VM, which the program finds in its place."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            recorders.append(self.record(Path(folder) / f"vm-{len(recorders)}"))
-
+    _RecordedVM.folder = Path(folder)
     original, argv, path = kvmexit.VM, sys.argv, sys.path[0]
-    kvmexit.VM = RecordedVM  # type: ignore[misc]
+    kvmexit.VM = _RecordedVM  # type: ignore[misc]
     sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
     try:
         runpy.run_path(script, run_name="__main__")
@@ -129,8 +132,8 @@ def record(folder: str, script: str, *arguments: str) -> int:
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     finally:
         kvmexit.VM, sys.argv, sys.path[0] = original, argv, path  # type: ignore[misc]
-        for recorder in recorders:
-            recorder.close()  # what became of the last return is known now
+        while _RecordedVM.recorders:
+            _RecordedVM.recorders.pop().close()  # what became of the last return is known now
     return 0
 
 

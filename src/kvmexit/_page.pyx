@@ -141,8 +141,8 @@ cdef class Page:
         return 0
 
     cdef int check_mine(self) except -1:
-        """Raise where registers may not be touched: in a forked child, where the VM is closed, or while another thread runs the
-        vCPU. On free-threaded Python in the critical section of hold(): so who only looks is waited for."""
+        """Raise where registers may not be touched: in a forked child, where the VM is closed, or while another thread runs
+        the vCPU. On free-threaded Python in the critical section of hold(): so who only looks is waited for."""
         with cython.critical_section(self):
             self.check_mine_here()
         return 0

@@ -686,6 +686,21 @@ vcpu.run()
     return process
 
 
+@pytest.mark.parametrize("content", [b"", bytes(4096)])
+def test_a_part_that_was_not_begun_is_passed_over(scripted, tmp_path, content):
+    """Its writer was killed between making the file and writing its header."""
+    with scripted.create_vcpu(0, [hlt()]).record(tmp_path / "t"):
+        pass
+    vcpu = scripted.create_vcpu(1, [hlt()])
+    with vcpu.record(tmp_path / "u"):
+        vcpu.run()
+    (tmp_path / "u.1").write_bytes(content)
+    assert len(kvmexit.load(tmp_path / "u")) == 1
+    (tmp_path / "t").write_bytes(content)
+    with pytest.raises(TraceError):
+        kvmexit.load(tmp_path / "t")
+
+
 def test_a_killed_process_leaves_all_but_what_it_was_writing(tmp_path):
     """kill -9 at random moments: the records follow one another to the end."""
     rng = random.Random(3)

@@ -584,6 +584,12 @@ def _part(Source source):
     return TracePart(source.path, h.part, h.vcpu, source.records, ended, source.torn, h.error, h.lost)
 
 
+def _not_begun(path):
+    """Whether a part has no header yet: its writer was killed, or is, between making the file and writing that."""
+    with open(path, "rb") as file:
+        return not file.read(sizeof(kvmexit_trace_header)).strip(b"\0")
+
+
 def _sources(path):
     """The files of one vCPU's recording, in order; checked to be that."""
     cdef Source source, before
@@ -594,6 +600,8 @@ def _sources(path):
     before = None
     for name in names:
         try:
+            if before is not None and name == names[-1] and _not_begun(name):
+                continue
             source = Source(name)
         except FileNotFoundError:
             continue  # `keep` has taken it meanwhile

@@ -130,7 +130,8 @@ def example(name, number):
     ("README.md", 0, "kvm"), ("README.md", 1, "private_vm"), ("docs/memory.md", 0, "kvm"), ("docs/memory.md", 1, "scripted"),
     ("docs/native.md", 0, "scripted"), ("docs/native.md", 1, "scripted"), ("docs/kernelside.md", 0, "kvm"),
     ("docs/kernelside.md", 1, "kvm"), ("docs/kernelside.md", 2, "scripted"), ("docs/kernelside.md", 3, "kvm"),
-    ("docs/stats.md", 0, "scripted"), ("docs/trace.md", 0, "scripted")])
+    ("docs/stats.md", 0, "scripted"), ("docs/trace.md", 0, "scripted"), ("docs/testing.md", 0, "scripted"),
+    ("docs/testing.md", 1, "scripted")])
 def test_the_examples_run(name, number, needs, request, capsys):
     """As they stand there; the README's guest, of which it says nothing, writes to ports 0x3f8 and 0xf4."""
     request.getfixturevalue(needs)

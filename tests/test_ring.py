@@ -26,14 +26,11 @@ from kvmexit.testing import (
     mmio_write,
     pio_in,
     pio_out,
+    wrmsr,
 )
 
 FOR_EVER = 1 << 60
 PRIVATE = 8  # KVM_MEMORY_EXIT_FLAG_PRIVATE
-
-
-def wrmsr(index, value):
-    return ScriptStep(30, bytes(8) + (0).to_bytes(4, "little") + index.to_bytes(4, "little") + value.to_bytes(8, "little"))
 
 
 def run(vm, *steps, **options):

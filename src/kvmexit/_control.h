@@ -61,13 +61,6 @@ static int kvmexit_signal; /* 0: not installed yet */
 static struct sigaction kvmexit_previous;
 static pthread_key_t kvmexit_thread_end;
 
-static inline uint64_t kvmexit_now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
-
 /* A signal that nobody wants any more stops the timer, so a thread that left run() is disturbed once at most. */
 static void kvmexit_on_signal(int number, siginfo_t *info, void *context)
 {

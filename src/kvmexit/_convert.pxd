@@ -99,6 +99,7 @@ cdef struct Converter:
     Backend *backend         # NULL: this VM cannot convert
     uint64_t *numbers        # a bit a memslot number, set where free
     size_t number_limit
+    uint64_t chunk           # bytes converted before the lock is given up
     uint64_t generation      # atomic; grows with what may have repaired a fault: conversions, memslots
 
 
@@ -183,3 +184,4 @@ cdef struct Log:
 
 cdef class RecordedAttributes(AttributesBackend):
     cdef Log log
+    cdef uint64_t chunk

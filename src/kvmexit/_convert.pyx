@@ -150,6 +150,7 @@ cdef class Conversions:
     def __cinit__(self, Handle handle, AttributesBackend backend, list numbers):
         if pthread_mutex_init(&self.c.lock, NULL) != 0:
             raise MemoryError
+        self.c.chunk = CHUNK
         if backend is not None:
             backend.bind(handle, &self.c)
             self.backend = backend
@@ -326,7 +327,7 @@ cdef Result examine_fault(
 
 
 cdef Result convert_chunk(Converter *c, uint64_t first, uint64_t last, bint private, Tally *tally) noexcept nogil:
-    """Convert [first, last], or its first CHUNK: `at` says up to where every page has the wanted state. `tally`: what is
+    """Convert [first, last], or its first chunk: `at` says up to where every page has the wanted state. `tally`: what is
     converted is added to it; or NULL."""
     cdef Result result
     cdef size_t i
@@ -338,8 +339,8 @@ cdef Result convert_chunk(Converter *c, uint64_t first, uint64_t last, bint priv
             pthread_mutex_unlock(&c.lock)
             return Result(DONE, 0, last, last)
         first = max(first, c.regions[i].first)
-    if last - first >= CHUNK:
-        last = first | (CHUNK - 1)
+    if last - first >= c.chunk:
+        last = first | (c.chunk - 1)
     result = Result(DONE, 0, last, last)
     if private:
         result = refuse(c, first, last)
@@ -683,12 +684,18 @@ cdef int rebind(Backend *b, Region *r, uint64_t gpa, uint64_t size, bint private
 
 @cython.final
 cdef class RecordedAttributes(AttributesBackend):
-    """For tests: notes what it is asked, changes nothing, and fails where told.
+    """For tests: notes what it is asked, changes nothing, and fails where told. What a ScriptedVM uses unless given another.
 
-    failures: {number of the call, counted from 1: errno}. What a ScriptedVM uses unless given another.
+    failures: {number of the call, counted from 1: errno}. chunk: the most bytes of one call, a power of two from 4096 on;
+    with the failures it leaves conversions half done wherever a test wants them so. A real backend's is 64 MiB.
+    Raises ValueError.
     """
 
-    def __cinit__(self, failures=None):
+    def __cinit__(self, failures=None, *, chunk=CHUNK):
+        chunk = index(chunk)
+        if not PAGE <= chunk < 1 << 63 or chunk & (chunk - 1):
+            raise ValueError(f"chunk={chunk}: a power of two from {PAGE} on")
+        self.chunk = chunk
         self.backend.set = record
         self.backend.merges = True
         failures = dict(failures or {})
@@ -711,6 +718,7 @@ cdef class RecordedAttributes(AttributesBackend):
     cdef int bind(self, Handle handle, Converter *c) except -1:
         AttributesBackend.bind(self, handle, c)
         self.backend.own = &self.log
+        c.chunk = self.chunk
         return 0
 
     def __repr__(self):

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <time.h>
 
 #include "include/kvmexit/kvmexit.h"
 #include "include/kvmexit/uapi.h"
@@ -15,6 +16,13 @@
 #define KVMEXIT_REQUEST_CLOSED 4u /* stays: no run() begins any more */
 
 #define KVMEXIT_REGISTER_BYTES 520 /* kvm_sync_regs: regs, sregs, events */
+
+static inline uint64_t kvmexit_now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
 
 struct kvmexit_vcpu {
     /* the seam: what "KVM_RUN" is; returns 0 or -errno */

@@ -130,11 +130,7 @@ static inline void kvmexit_settle(struct kvmexit_stats *s, int outcome)
 
 static inline uint64_t kvmexit_ticks(const struct kvmexit_stats *s)
 {
-    struct timespec t;
-    if (__builtin_expect(s->tsc, 1))
-        return __rdtsc();
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+    return __builtin_expect(s->tsc, 1) ? __rdtsc() : kvmexit_now_ns();
 }
 
 static inline unsigned kvmexit_bucket(uint64_t ticks)

@@ -12,6 +12,7 @@ class ScriptStep(NamedTuple):
     rip: int = 0
     spin: bool = False
     second_half: bool = False
+    delay: float = 0.0
 
 @final
 class Script:

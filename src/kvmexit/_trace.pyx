@@ -15,6 +15,15 @@ from kvmexit._uapi cimport kvm_run
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int nanosleep(const timespec *, timespec *)
+
+cdef extern from "_page.h" nogil:
+    uint64_t kvmexit_now_ns()
+
 cdef extern from *:
     """
     #define kvmexit_load_immediate_exit(run) __atomic_load_n(&(run)->immediate_exit, __ATOMIC_SEQ_CST)
@@ -32,6 +41,7 @@ cdef enum:
     PAGE = 4096
     RUN_SIZE = 3 * PAGE  # kvm_run, PIO data, and a ring's place, as on x86
     MAX_ENTRIES = 4096
+    NAP_NS = 1000000  # how long a kick that comes just before a nap can stay unnoticed
 
 
 class ScriptStep(NamedTuple):
@@ -40,7 +50,8 @@ class ScriptStep(NamedTuple):
     reason: kvm_run.exit_reason, None to leave it unwritten. payload: the union's first bytes. data: PIO bytes, which begin
     one page into the mapping. flags: kvm_run.flags. rip: in the synced registers. spin: the guest loops here
     until kicked; an entry ends with EINTR once immediate_exit is set. second_half: comes when the step before is completed,
-    immediate_exit or not, as the second half of an access over two pages does.
+    immediate_exit or not, as the second half of an access over two pages does. delay: seconds in the guest before it, from
+    its first entry on; kicks and signals end KVM_RUN meanwhile.
     """
 
     reason: int | None = None
@@ -51,6 +62,22 @@ class ScriptStep(NamedTuple):
     rip: int = 0
     spin: bool = False
     second_half: bool = False
+    delay: float = 0.0
+
+
+cdef bint wait_out(Program *p, kvm_run *run, uint64_t delay_ns) noexcept nogil:
+    """The guest runs up to its next exit. -> whether it came that far; else somebody wants KVM_RUN to end."""
+    cdef uint64_t now = kvmexit_now_ns()
+    cdef timespec nap
+    if p.until == 0:
+        p.until = now + delay_ns
+    while now < p.until:
+        nap.tv_sec, nap.tv_nsec = 0, <long>min(p.until - now, <uint64_t>NAP_NS)
+        if nanosleep(&nap, NULL) != 0 or kvmexit_load_immediate_exit(run):
+            return False
+        now = kvmexit_now_ns()
+    p.until = 0
+    return True
 
 
 cdef int enter_scripted(kvmexit_vcpu *c) noexcept nogil:
@@ -85,6 +112,8 @@ cdef int enter_scripted(kvmexit_vcpu *c) noexcept nogil:
         if kvmexit_load_request(c):
             kvmexit_store_count(&p.position, p.position + 1)  # a kick moves the guest on; a tick or a time-out does not
         return -EINTR
+    if step.delay_ns and not wait_out(p, run, step.delay_ns):
+        return -EINTR
     if step.reason >= 0:
         run.exit_reason = <uint32_t>step.reason
     run.flags = step.flags
@@ -115,6 +144,8 @@ cdef class Script:
                 raise ValueError(f"payload of {len(step.payload)} bytes: the union has 256")
             if len(step.data) > 2 * PAGE:
                 raise ValueError(f"PIO data of {len(step.data)} bytes: the mapping has room for {2 * PAGE}")
+            if not 0 <= step.delay < 1e9:
+                raise ValueError(f"a delay of {step.delay} s: 0 or more, and less than 1e9")
         p.count = len(steps)
         p.repeat = repeat
         p.open = -1
@@ -132,6 +163,7 @@ cdef class Script:
             c.rip = step.rip
             c.spin = step.spin
             c.second_half = step.second_half
+            c.delay_ns = <uint64_t>(<double>step.delay * 1e9)
             data = step.payload
             c.used = len(data)
             memcpy(c.payload, <const char *>data, len(data))

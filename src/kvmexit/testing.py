@@ -12,8 +12,10 @@ from kvmexit._vm import VM
 
 __all__ = [
     "RecordedAttributes", "Script", "ScriptStep", "ScriptedVM",
-    "hlt", "hypercall", "memory_fault", "mmio_read", "mmio_write", "pio_in", "pio_out",
-]
+    "debug", "dirty_ring_full", "fail_entry", "failure", "hlt", "hypercall", "hyperv_hypercall", "internal_error",
+    "ioapic_eoi", "irq_window_open", "map_gpa_range", "memory_fault", "mmio_read", "mmio_write", "pio_in", "pio_out",
+    "rdmsr", "shutdown", "snp_req_certs", "spin", "system_event", "tdx", "wrmsr", "xen_hypercall",
+]  # fmt: skip
 
 
 class ScriptedVM(VM):
@@ -74,7 +76,12 @@ def mmio_read(gpa: int, size: int) -> ScriptStep:
 
 def hypercall(nr: int, *args: int) -> ScriptStep:
     """A hypercall with up to six arguments."""
-    return ScriptStep(3, struct.pack("<8QQ", nr, *args, *[0] * (6 - len(args)), 0, 1))
+    return ScriptStep(3, struct.pack("<8QQ", nr, *_words(args, 6), 0, 1))
+
+
+def map_gpa_range(gpa: int, size: int, *, private: bool) -> ScriptStep:
+    """The hypercall KVM_HC_MAP_GPA_RANGE: the guest wants `size` bytes, whole pages, converted."""
+    return hypercall(12, gpa, size >> 12, 1 << 4 if private else 0)
 
 
 def memory_fault(gpa: int, size: int = 4096, *, private: bool = False, errno: int = 14, rip: int = 0) -> ScriptStep:
@@ -82,6 +89,92 @@ def memory_fault(gpa: int, size: int = 4096, *, private: bool = False, errno: in
     return ScriptStep(39, struct.pack("<3Q", 8 if private else 0, gpa, size), errno=errno, rip=rip)
 
 
+def rdmsr(index: int, why: int = 2) -> ScriptStep:
+    """RDMSR of what userspace asked for. why: 1 invalid, 2 unknown, 4 filtered."""
+    return ScriptStep(29, struct.pack("<8xIIQ", why, index, 0))
+
+
+def wrmsr(index: int, data: int, why: int = 2) -> ScriptStep:
+    """WRMSR of what userspace asked for. why: 1 invalid, 2 unknown, 4 filtered."""
+    return ScriptStep(30, struct.pack("<8xIIQ", why, index, data))
+
+
+def hyperv_hypercall(input: int, *params: int) -> ScriptStep:
+    """A Hyper-V hypercall with up to two parameters."""
+    return ScriptStep(27, struct.pack("<I4x4Q", 2, input, 0, *_words(params, 2)))
+
+
+def xen_hypercall(input: int, *params: int) -> ScriptStep:
+    """A Xen hypercall with up to six parameters, from 64-bit mode."""
+    return ScriptStep(34, struct.pack("<I4xIIQQ6Q", 1, 1, 0, input, 0, *_words(params, 6)))
+
+
+def tdx(nr: int, *data: int) -> ScriptStep:
+    """A TDVMCALL with up to five numbers."""
+    return ScriptStep(40, struct.pack("<QQQ5Q", 0, nr, 0, *_words(data, 5)))
+
+
+def snp_req_certs(gpa: int, npages: int) -> ScriptStep:
+    """An SNP guest's request for certificates."""
+    return ScriptStep(43, struct.pack("<QQQ", gpa, npages, 0))
+
+
+def debug(exception: int, pc: int, dr6: int = 0, dr7: int = 0) -> ScriptStep:
+    """A breakpoint or a single step. exception: 1 #DB, 3 #BP."""
+    return ScriptStep(4, struct.pack("<I4x3Q", exception, pc, dr6, dr7))
+
+
+def system_event(type: int, *data: int) -> ScriptStep:
+    """KVM_EXIT_SYSTEM_EVENT with up to 16 numbers: 1 shutdown, 2 reset, 3 crash, ..."""
+    return ScriptStep(24, struct.pack("<II16Q", type, len(data), *_words(data, 16)))
+
+
+def internal_error(suberror: int, *data: int) -> ScriptStep:
+    """KVM gave up; up to 16 words. suberror: 1 emulation, 2 simultaneous exceptions, 3 delivery, 4 unexpected exit."""
+    return ScriptStep(17, struct.pack("<II16Q", suberror, len(data), *_words(data, 16)))
+
+
+def fail_entry(hardware_entry_failure_reason: int, cpu: int = 0) -> ScriptStep:
+    """The processor refuses the guest's state."""
+    return ScriptStep(9, struct.pack("<QI", hardware_entry_failure_reason, cpu))
+
+
+def ioapic_eoi(vector: int) -> ScriptStep:
+    """End of interrupt for the userspace IOAPIC."""
+    return ScriptStep(26, struct.pack("<B", vector))
+
+
 def hlt() -> ScriptStep:
     """HLT."""
     return ScriptStep(5)
+
+
+def shutdown() -> ScriptStep:
+    """A triple fault."""
+    return ScriptStep(8)
+
+
+def irq_window_open() -> ScriptStep:
+    """An interrupt can be injected."""
+    return ScriptStep(7)
+
+
+def dirty_ring_full() -> ScriptStep:
+    """The dirty ring wants to be harvested."""
+    return ScriptStep(31)
+
+
+def spin() -> ScriptStep:
+    """The guest loops until somebody kicks it, or asks otherwise for its thread."""
+    return ScriptStep(spin=True)
+
+
+def failure(errno: int, *, rip: int = 0) -> ScriptStep:
+    """KVM_RUN fails and says no more: EFAULT is an UnexplainedFault, EINTR a signal, EIO a KvmError; docs/triage.md."""
+    return ScriptStep(errno=errno, rip=rip)
+
+
+def _words(given: tuple[int, ...], most: int) -> list[int]:
+    if len(given) > most:
+        raise ValueError(f"{len(given)} numbers: KVM has room for {most}")
+    return [*given, *[0] * (most - len(given))]

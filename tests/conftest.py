@@ -6,6 +6,7 @@ import sys
 import sysconfig
 
 import pytest
+from processes import off_main
 
 import kvmexit
 from kvmexit.testing import ScriptedVM
@@ -60,6 +61,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "kvm" in getattr(item, "fixturenames", ()):
             item.add_marker("kvm")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run what is marked so off the main thread."""
+    if pyfuncitem.get_closest_marker("off_main") is None:
+        return None
+    off_main(pyfuncitem.obj, **{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+    return True
 
 
 KERNEL = tuple(int(part) for part in platform.release().split(".")[:2])

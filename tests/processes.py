@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ def in_thread(function):
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
     return thread
+
+
+def off_main(function, *args, **kwargs):
+    """Call a function in a thread of its own, where no tick for Ctrl-C ends KVM_RUN, so that entries can be counted; -> its result."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args, **kwargs).result()
 
 
 def python(code, *, env=None, timeout=120):

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 from guests import load
+from processes import off_main
 
 import kvmexit
 from kvmexit import export, native
@@ -30,11 +31,11 @@ def recorded(tmp_path):
         vm.on_pio(0x80, 1, native.Ignore())
         vm.on_pio(0x81, 1, lambda vcpu, io: 7)
         first = vm.create_vcpu(0, [pio_out(0x80, b"x"), pio_in(0x81), ScriptStep(errno=11), mmio_read(0x1000, 4), hlt()])
-        first.run().data = b"abcd"
-        first.run()
+        off_main(first.run).data = b"abcd"  # a tick would be a record
+        off_main(first.run)
         second = vm.create_vcpu(1, [hypercall(12, 0x5000), memory_fault(0x3000, private=True, rip=0x1234)])
-        second.run().ret = 0
-        second.run()
+        off_main(second.run).ret = 0
+        off_main(second.run)
     return folder
 
 
@@ -150,6 +151,7 @@ def test_a_reader_that_has_enough(recorded):
 PROGRAM = """
 import sys, kvmexit
 from guests import load
+from processes import off_main
 with kvmexit.VM() as vm:
     vcpu = load(vm, bytes.fromhex(sys.argv[1]))
     vm.on_pio(0x80, 1, lambda vcpu, io: None)

@@ -8,10 +8,10 @@ import errno
 import struct
 import sysconfig
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
+from processes import off_main
 
 import kvmexit
 from kvmexit import ExitReason
@@ -913,12 +913,6 @@ def test_answer_after_re_entry_is_refused(scripted, reply):
         setattr(second, answer.field, answer.value)
     vcpu.run()
     assert scripted.script(vcpu).left(1)[0] == (answer.left() if case.owes else case.payload)
-
-
-def off_main(function):
-    """Run a function in another thread: no tick of the main thread's timer adds an entry there."""
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(function).result()
 
 
 def test_answer_after_a_failed_entry(scripted):

@@ -15,7 +15,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from processes import needs_gil, python
+from processes import needs_gil, off_main, python
 
 import kvmexit
 from kvmexit import PASS, STOP
@@ -28,12 +28,6 @@ REGS, SREGS = 1, 2   # bits of kvm_run.kvm_dirty_regs
 REASONS = {"rdmsr": 29, "wrmsr": 30, "xen": 34, "hyperv": 27, "tdx": 40, "snp": 43}
 DEFAULT_FAULT_LIMIT = 1000
 SPIN = ScriptStep(spin=True)
-
-
-def off_main(function, *args, **kwargs):
-    """Call a function in a thread of its own, where no tick for Ctrl-C ends KVM_RUN; -> its result."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *args, **kwargs).result()
 
 
 class Running:

@@ -4,10 +4,10 @@ answer, and what KVM says next comes next."""
 import errno
 import struct
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from guests import STRESS
+from processes import off_main
 from test_embed import api
 from test_embed import run as run_natively
 
@@ -208,5 +208,4 @@ def test_storms_end_where_they_end(state, way, number):
                 assert vcpu.pending.reason == 2
             assert by_run(vcpu).reason == 5
 
-    with ThreadPoolExecutor(1) as off_the_main_thread:  # where no tick has KVM complete what pends
-        off_the_main_thread.submit(storm).result()
+    off_main(storm)  # where no tick has KVM complete what pends

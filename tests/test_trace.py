@@ -29,19 +29,15 @@ from kvmexit.testing import (
     mmio_write,
     pio_in,
     pio_out,
+    rdmsr,
+    wrmsr,
 )  # fmt: skip
 
 PAGE = 4096
 HEADER = 120
 TRACES = Path(__file__).parent / "traces"
 
-
-def rdmsr(index):
-    return ScriptStep(29, struct.pack("<B7xIIQ", 0, 2, index, 0))
-
-
-def wrmsr(index, data):
-    return ScriptStep(30, struct.pack("<B7xIIQ", 0, 2, index, data))
+pytestmark = pytest.mark.off_main
 
 
 # One of each kind that handlers see, and what run() does not show.
@@ -581,7 +577,7 @@ def test_files_rotate(scripted, tmp_path):
     script = [pio_out(0x80, bytes([i])) for i in range(250)]
     vcpu = scripted.create_vcpu(0, script, repeat=40)
     with vcpu.record(tmp_path / "t", rotate=65536) as recorder:
-        in_thread(lambda: drive(vcpu)).join()  # where no tick is recorded
+        drive(vcpu)
     assert recorder.files == [str(tmp_path / "t")] + [str(tmp_path / f"t.{i}") for i in range(1, 10)]
     trace = kvmexit.load(tmp_path / "t")
     assert [record.exit.data[0] for record in trace[:-1]] == list(range(250)) * 40
@@ -590,7 +586,7 @@ def test_files_rotate(scripted, tmp_path):
     assert kvmexit.replay(trace, strict=True).vm is not None
     vcpu = scripted.create_vcpu(1, script, repeat=40)
     with vcpu.record(tmp_path / "kept", rotate=65536, keep=3) as recorder:
-        in_thread(lambda: drive(vcpu)).join()
+        drive(vcpu)
     assert recorder.files == [str(tmp_path / f"kept.{i}") for i in (7, 8, 9)]
     kept = kvmexit.load(tmp_path / "kept")
     assert [record.exit for record in kept[-100:]] != []
@@ -670,6 +666,7 @@ def recording_process(path, *, rounds="1 << 60", before=""):
     """-> a process that records for ever, once it does."""
     process = subprocess.Popen([sys.executable, "-c", f"""
 import itertools, sys
+from processes import off_main
 import kvmexit
 from kvmexit import native
 from kvmexit.testing import ScriptedVM, pio_in, pio_out
@@ -680,7 +677,7 @@ vm.on_pio(0x60, 1, lambda vcpu, io: next(counter) & 0xff)
 vcpu = vm.create_vcpu(0, [pio_out(0x80, bytes([i])) for i in range(250)] + [pio_in(0x60)], repeat=1 << 40)
 recorder = vcpu.record({str(path)!r}, rotate=1 << 20, keep=8)
 print("go", flush=True)
-vcpu.run()
+off_main(vcpu.run)  # a tick would be recorded
 """], env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)])}, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"go\n"
     return process
@@ -789,7 +786,8 @@ with open({str(tmp_path / "cut")!r}, "wb+") as file:
 def test_a_full_disk_ends_the_recording_alone(tmp_path):
     """As by RLIMIT_FSIZE: what is there stays, and is said."""
     done = python(f"""
-import errno, resource, signal, threading
+import errno, resource, signal
+from processes import off_main
 import kvmexit
 from kvmexit import native
 from kvmexit.testing import ScriptedVM, hlt, pio_out
@@ -799,11 +797,7 @@ vm.on_pio(0x80, 1, native.Ignore())
 vcpu = vm.create_vcpu(0, [pio_out(0x80, b"x")] * 20000 + [hlt()])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
 with vcpu.record({str(tmp_path / "t")!r}) as recorder:
-    results = []
-    thread = threading.Thread(target=lambda: results.append(vcpu.run()))  # where no tick is recorded
-    thread.start()
-    thread.join()
-    assert isinstance(results[0], kvmexit.Hlt)
+    assert isinstance(off_main(vcpu.run), kvmexit.Hlt)  # a tick would be recorded
 assert recorder.error.errno == errno.EFBIG, recorder.error
 assert recorder.records + recorder.lost == 20001
 assert recorder.records == ((1 << 19) - {HEADER}) // 64

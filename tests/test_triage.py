@@ -1,9 +1,9 @@
 """What a return of KVM_RUN means: each row of (rc, errno, exit_reason), its expectation written out here."""
 
 import struct
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from processes import off_main
 
 import kvmexit
 from kvmexit.testing import ScriptStep, hlt, memory_fault, pio_in, pio_out
@@ -22,12 +22,6 @@ IN_A_ROW = 1000      # returns that say nothing, before run() gives up
 stale = pytest.mark.parametrize("reason", [None, 0, 2, 10, 39, 0xfffffffd])
 fatal = pytest.mark.parametrize("number", FATAL.values(), ids=FATAL)
 on_main_or_off = pytest.mark.parametrize("call", ["on the main thread", "on another"], indirect=True)
-
-
-def off_main(function):
-    """Call a function in a thread of its own, where no tick for Ctrl-C ends KVM_RUN; -> its result."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function).result()
 
 
 @pytest.fixture

@@ -110,6 +110,40 @@ def test_perfetto(capsys, recorded):
             assert before["ts"] + before["dur"] <= after["ts"] + 0.001
 
 
+@pytest.mark.parametrize("registers", [False, True])
+def test_perfetto_tells_the_wait_for_the_gil_from_the_handler(tmp_path, registers):
+    """Where times are measured: native, the wait, Python, without a gap from KVM's return to the next entry."""
+    with ScriptedVM() as vm:
+        vm.timing = True
+        vm.on_pio(0x80, 1, native.Ignore())
+        vm.on_pio(0x81, 1, lambda vcpu, io: 7)
+        vcpu = vm.create_vcpu(0, [pio_out(0x80, b"x"), pio_in(0x81), mmio_read(0x1000, 4), hlt()])
+        with vcpu.record(tmp_path / "t", registers=registers):
+            off_main(vcpu.run).data = b"abcd"
+            off_main(vcpu.run)
+    trace = kvmexit.load(tmp_path / "t")
+    assert [record.waited_ns is not None for record in trace] == [False, False, True, True]  # each of the one before
+    assert {record.registers is not None for record in trace} == {registers}
+    spans = [event for event in export.events(trace) if event["ph"] == "X"]
+    assert [(span["name"], span["cat"]) for span in spans] == [
+        ("Io", "kvm"), ("native", "userspace"),
+        ("Io", "kvm"), ("native", "native"), ("GIL wait", "gil"), ("python", "python"),
+        ("Mmio", "kvm"), ("native", "native"), ("GIL wait", "gil"), ("caller", "python"), ("Hlt", "kvm")]  # fmt: skip
+    for before, after in pairwise(spans):
+        assert before["ts"] + before["dur"] == pytest.approx(after["ts"], abs=0.002)
+    assert sum(span["dur"] for span in spans if span["cat"] == "gil") * 1000 == pytest.approx(
+        sum(got - asked for asked, got in (record.waited_ns for record in trace if record.waited_ns)), abs=2)
+
+
+def test_perfettos_spans_end_where_they_end_also_when_filtered(capsys, recorded):
+    """What is left out takes no part of what is shown, and gives none."""
+    whole = json.loads(shown(capsys, "trace", recorded, "--perfetto"))["traceEvents"]
+    some = json.loads(shown(capsys, "trace", recorded, "--perfetto", "--outcome", "python"))["traceEvents"]
+    spans = [event for event in some if event["ph"] == "X"]
+    assert [span["name"] for span in spans] == ["Io", "python"]
+    assert all(span in whole for span in spans)
+
+
 def test_what_is_torn_is_said(capsys, recorded):
     path = recorded / "vcpu-1.trace"
     path.write_bytes(path.read_bytes()[:-16])

@@ -363,7 +363,7 @@ static inline void kvmexit_trace_note(
     const uint32_t reason = run->exit_reason;
     struct kvmexit_trace_shape shape;
     struct kvmexit_trace_record *r;
-    const int registers = t->registers && v->regs_synced;
+    const uint64_t got_gil = v->stats->got_gil;
     size_t words = sizeof *r / KVMEXIT_TRACE_WORD, data_words;
     uint8_t *at;
     shape.words = shape.data = shape.answer_words = 0;
@@ -371,7 +371,11 @@ static inline void kvmexit_trace_note(
     if (kvmexit_trace_has_payload(error, reason))
         kvmexit_trace_look(&shape, run, v->run_size);
     data_words = shape.data ? kvmexit_trace_words(shape.data) : shape.answer_words;
-    words += shape.words + data_words + (registers ? sizeof(struct kvm_regs) / KVMEXIT_TRACE_WORD : 0);
+    if (t->registers && v->regs_synced)
+        how |= KVMEXIT_TRACE_REGISTERS;
+    if (__builtin_expect(got_gil != 0, 0))
+        how |= KVMEXIT_TRACE_WAITED;
+    words += shape.words + data_words + kvmexit_trace_tail(how);
     if (kvmexit_trace_completes(error, reason))
         t->exit = NULL;
     if (__builtin_expect(t->at + words * KVMEXIT_TRACE_WORD > t->soft, 0)
@@ -389,7 +393,7 @@ static inline void kvmexit_trace_note(
     r->reason = reason;
     r->error = (uint16_t)error;
     r->state = (uint8_t)((run->cr8 & 15) | (run->if_flag ? 16 : 0) | (run->ready_for_interrupt_injection ? 32 : 0));
-    r->how = (uint8_t)(how | (registers ? KVMEXIT_TRACE_REGISTERS : 0));
+    r->how = (uint8_t)how;
     at = (uint8_t *)(r + 1);
     if (shape.words == 2)
         memcpy(at, &run->hw, 16);
@@ -416,8 +420,14 @@ static inline void kvmexit_trace_note(
     } else if (error == EINTR)
         t->other = r;
     at += data_words * KVMEXIT_TRACE_WORD;
-    if (registers)
+    if (how & KVMEXIT_TRACE_REGISTERS) {
         memcpy(at, &run->s.regs.regs, sizeof(struct kvm_regs));
+        at += sizeof(struct kvm_regs);
+    }
+    if (__builtin_expect(got_gil != 0, 0)) {
+        memcpy(at, &(struct kvmexit_trace_wait){v->stats->left_native, got_gil}, sizeof(struct kvmexit_trace_wait));
+        v->stats->got_gil = 0;
+    }
     __atomic_store_n(&r->sizes, (uint32_t)words | (uint32_t)shape.words << 16, __ATOMIC_RELEASE); /* T1 */
     t->at += words * KVMEXIT_TRACE_WORD;
     kvmexit_add(&t->records, 1);
@@ -468,6 +478,7 @@ static void kvmexit_trace_attach(struct kvmexit_trace *t, struct kvmexit_vcpu *v
     t->enter = v->enter;
     v->trace = t;
     v->enter = kvmexit_enter_recorded;
+    v->stats->got_gil = 0;
     if (pending) {
         const uint64_t now = kvmexit_ticks(v->stats);
         const uint32_t reason = v->run->exit_reason;

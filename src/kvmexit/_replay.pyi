@@ -25,6 +25,7 @@ class TraceRecord(NamedTuple):
     cr8: int
     if_flag: bool
     ready_for_interrupt_injection: bool
+    waited_ns: tuple[int, int] | None
 
 class Divergence(NamedTuple):
     record: TraceRecord

@@ -36,7 +36,7 @@ cdef extern from "_trace_format.h" nogil:
     const char *KVMEXIT_TRACE_MAGIC
     const uint32_t KVMEXIT_TRACE_VERSION, KVMEXIT_TRACE_WORD
     const uint8_t KVMEXIT_TRACE_RETRIED, KVMEXIT_TRACE_KICK, KVMEXIT_TRACE_TIMEOUT, KVMEXIT_TRACE_DRAINED
-    const uint8_t KVMEXIT_TRACE_IMMEDIATE, KVMEXIT_TRACE_REGISTERS, KVMEXIT_TRACE_BEGUN
+    const uint8_t KVMEXIT_TRACE_IMMEDIATE, KVMEXIT_TRACE_REGISTERS, KVMEXIT_TRACE_BEGUN, KVMEXIT_TRACE_WAITED
     struct kvmexit_trace_header:
         char magic[8]
         uint32_t version, header_size
@@ -57,6 +57,8 @@ cdef extern from "_trace_format.h" nogil:
         uint32_t reason
         uint16_t error
         uint8_t state, how
+    struct kvmexit_trace_wait:
+        uint64_t asked, got
     struct kvmexit_trace_span:
         uint16_t at, size
     struct kvmexit_trace_shape:
@@ -65,6 +67,7 @@ cdef extern from "_trace_format.h" nogil:
     size_t kvmexit_trace_words(size_t)
     void kvmexit_trace_look(kvmexit_trace_shape *, const kvm_run *, size_t)
     void kvmexit_trace_gather(const kvmexit_trace_shape *, const kvm_run *, uint8_t *)
+    size_t kvmexit_trace_tail(unsigned)
     bint kvmexit_trace_is_exit(int, uint32_t)
     bint kvmexit_trace_has_payload(int, uint32_t)
     bint kvmexit_trace_completes(int, uint32_t)
@@ -122,7 +125,8 @@ class TraceRecord(NamedTuple):
     errno: of KVM_RUN. entered_ns, left_ns: when it was entered and when it came back, from the trace's beginning on.
     rip: where the guest was, None where KVM did not show. immediate: immediate_exit was set. begun: it was pending already
     when recording began. answer: its bytes, as in kvm_run or the PIO data. registers: struct kvm_regs, or None.
-    cr8, if_flag, ready_for_interrupt_injection: of kvm_run's head.
+    cr8, if_flag, ready_for_interrupt_injection: of kvm_run's head. waited_ns: how the vCPU's record before came to
+    Python: when native code had done with it, and when Python had the GIL; None where it did not, or `vcpu.timing` was off.
     """
 
     number: int
@@ -141,6 +145,7 @@ class TraceRecord(NamedTuple):
     cr8: int
     if_flag: bool
     ready_for_interrupt_injection: bool
+    waited_ns: tuple[int, int] | None
 
 
 class Divergence(NamedTuple):
@@ -259,11 +264,12 @@ cdef class Source:
         cdef kvmexit_trace_shape shape
         cdef size_t words = r.sizes & 0xffff, union_words = r.sizes >> 16 & 0xff
         cdef size_t head = sizeof(kvmexit_trace_record) // KVMEXIT_TRACE_WORD, wanted
-        cdef size_t registers = sizeof(kvm_regs) // KVMEXIT_TRACE_WORD if r.how & KVMEXIT_TRACE_REGISTERS else 0
-        if words < head + union_words + registers or words * KVMEXIT_TRACE_WORD > room:
-            raise self.error(at, f"a record of {words} words, with {union_words} of payload and {registers} of registers, "
-                             f"{room} bytes before the end")
-        if r.sizes >> 24 or r.how & ~(KVMEXIT_TRACE_IMMEDIATE | KVMEXIT_TRACE_REGISTERS | KVMEXIT_TRACE_BEGUN):
+        cdef size_t tail = kvmexit_trace_tail(r.how)
+        if words < head + union_words + tail or words * KVMEXIT_TRACE_WORD > room:
+            raise self.error(at, f"a record of {words} words, with {union_words} of payload and {tail} at its end, "
+                             f"{room} bytes before the file's end")
+        if r.sizes >> 24 or r.how & ~<uint32_t>(
+                KVMEXIT_TRACE_IMMEDIATE | KVMEXIT_TRACE_REGISTERS | KVMEXIT_TRACE_BEGUN | KVMEXIT_TRACE_WAITED):
             raise self.error(at, f"unknown flags: sizes {r.sizes:#x}, how {r.how:#x}")
         if r.settled > 1 or r.outcome > KVMEXIT_PENDING and not KVMEXIT_TRACE_RETRIED <= r.outcome <= KVMEXIT_TRACE_DRAINED:
             raise self.error(at, f"outcome {r.outcome}, settled {r.settled}")
@@ -273,7 +279,7 @@ cdef class Source:
             run.exit_reason = r.reason
             memcpy(&run.hw, r + 1, min(union_words, <size_t>32) * KVMEXIT_TRACE_WORD)
             kvmexit_trace_look(&shape, &run, self.header.run_size)
-        wanted = head + shape.words + (kvmexit_trace_words(shape.data) if shape.data else shape.answer_words) + registers
+        wanted = head + shape.words + (kvmexit_trace_words(shape.data) if shape.data else shape.answer_words) + tail
         if union_words != shape.words or words != wanted:
             raise self.error(at, f"an exit of reason {r.reason} has a record of {wanted} words, {shape.words} of payload; "
                              f"here are {words}, {union_words}")
@@ -285,9 +291,9 @@ cdef const uint8_t *rest_of(const kvmexit_trace_record *r) noexcept nogil:
     return <const uint8_t *>(r + 1) + (r.sizes >> 16 & 0xff) * KVMEXIT_TRACE_WORD
 
 
-cdef const uint8_t *registers_of(const kvmexit_trace_record *r) noexcept nogil:
-    """They come last."""
-    return <const uint8_t *>r + (r.sizes & 0xffff) * KVMEXIT_TRACE_WORD - sizeof(kvm_regs)
+cdef const uint8_t *tail_of(const kvmexit_trace_record *r) noexcept nogil:
+    """Registers, where they are there, and the wait."""
+    return <const uint8_t *>r + ((r.sizes & 0xffff) - kvmexit_trace_tail(r.how)) * KVMEXIT_TRACE_WORD
 
 
 cdef void fill(kvmexit_vcpu *c, const kvmexit_trace_record *r, kvmexit_trace_shape *shape) noexcept nogil:
@@ -307,7 +313,7 @@ cdef void fill(kvmexit_vcpu *c, const kvmexit_trace_record *r, kvmexit_trace_sha
     if r.rip != KVMEXIT_NO_RIP:
         run.s.regs.regs.rip = r.rip
     if r.how & KVMEXIT_TRACE_REGISTERS:
-        memcpy(&run.s.regs.regs, registers_of(r), sizeof(kvm_regs))
+        memcpy(&run.s.regs.regs, tail_of(r), sizeof(kvm_regs))
     if not kvmexit_trace_has_payload(r.error, r.reason):
         return
     memcpy(&run.hw, r + 1, (r.sizes >> 16 & 0xff) * KVMEXIT_TRACE_WORD)
@@ -459,16 +465,23 @@ cdef class Trace:
         cdef Source source = self.sources[self.refs[i].source]
         cdef kvmexit_trace_shape shape
         cdef Exit e
-        answer, registers = b"", None
+        cdef kvmexit_trace_wait wait
+        cdef const uint8_t *tail = tail_of(r)
+        answer, registers, waited_ns = b"", None, None
         e = self.exit(r, &shape)
         if r.settled and kvmexit_trace_is_exit(r.error, r.reason):
             answer = PyBytes_FromStringAndSize(<const char *>rest_of(r), answer_size(&shape))
         if r.how & KVMEXIT_TRACE_REGISTERS:
-            registers = PyBytes_FromStringAndSize(<const char *>registers_of(r), sizeof(kvm_regs))
+            registers = PyBytes_FromStringAndSize(<const char *>tail, sizeof(kvm_regs))
+            tail += sizeof(kvm_regs)
+        if r.how & KVMEXIT_TRACE_WAITED:
+            memcpy(&wait, tail, sizeof(wait))
+            waited_ns = self.ns(wait.asked), self.ns(wait.got)
         return TraceRecord(
             i, source.header.vcpu, e, _outcome(r.outcome), r.settled != 0, r.error, self.ns(r.entered), self.ns(r.left),
             None if r.rip == KVMEXIT_NO_RIP else r.rip, r.how & KVMEXIT_TRACE_IMMEDIATE != 0,
-            r.how & KVMEXIT_TRACE_BEGUN != 0, answer, registers, r.state & 15, r.state & 16 != 0, r.state & 32 != 0)
+            r.how & KVMEXIT_TRACE_BEGUN != 0, answer, registers, r.state & 15, r.state & 16 != 0, r.state & 32 != 0,
+            waited_ns)
 
     cdef Exit exit(self, const kvmexit_trace_record *r, kvmexit_trace_shape *shape):
         """-> the record's Exit, or None."""
@@ -519,7 +532,7 @@ cdef class Trace:
         of what was written, or of the answer), size (bytes; of a string instruction all), reason (of a fault without one, as
         of a return that is no exit, what kvm_run said), vcpu, errno, run_flags, outcome (0 to 5: stats.OUTCOMES and
         pending; 16 to 20: retried, kick, timeout, pause, drained), is_write, settled, how (1 immediate_exit, 2 with
-        registers, 4 begun).
+        registers, 4 begun, 8 with waited_ns).
         """
         import numpy
         cdef bytearray rows = bytearray(self.count * sizeof(Row))

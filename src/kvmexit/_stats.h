@@ -67,6 +67,7 @@ struct kvmexit_stats {
     uint32_t timed;    /* what `timing` was when the present phase began; another value than it: there is none */
     int phase;
     uint64_t began, left_native; /* ticks */
+    uint64_t got_gil; /* ticks; since the last record of a recording: 0 if it did not */
     int tsc; /* ticks of the time stamp counter, else of CLOCK_MONOTONIC */
 
     /* what a snapshot is: stats.py knows its layout */
@@ -178,6 +179,7 @@ static inline void kvmexit_enter_python(struct kvmexit_stats *s)
     if (__builtin_expect(!timing || s->timed != timing, 1))
         return;
     now = kvmexit_ticks(s);
+    s->got_gil = now;
     kvmexit_note(s, KVMEXIT_IN_GIL, s->left_native, now);
     s->began += now - s->left_native;
     s->phase = KVMEXIT_IN_PYTHON;

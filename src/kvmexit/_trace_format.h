@@ -22,6 +22,7 @@ enum { KVMEXIT_TRACE_RETRIED = 16, KVMEXIT_TRACE_KICK, KVMEXIT_TRACE_TIMEOUT, KV
 /* `how` of a record */
 #define KVMEXIT_TRACE_IMMEDIATE 1u /* immediate_exit was set when KVM was entered */
 #define KVMEXIT_TRACE_REGISTERS 2u /* struct kvm_regs follows */
+#define KVMEXIT_TRACE_WAITED 8u    /* two words follow at the end: see kvmexit_trace_wait */
 #define KVMEXIT_TRACE_BEGUN 4u     /* pending when recording began: `entered` and `left` are that moment */
 
 struct kvmexit_trace_header {
@@ -50,9 +51,22 @@ struct kvmexit_trace_record {
     uint16_t error;
     uint8_t state; /* cr8 (bits 0..3), if_flag (4), ready_for_interrupt_injection (5) */
     uint8_t how;
-    /* then the union's first bytes; PIO bytes, or the answer; registers. Each in whole words */
+    /* then the union's first bytes; PIO bytes, or the answer; registers; the wait. Each in whole words */
 };
 KVMEXIT_ASSERT(sizeof(struct kvmexit_trace_record) == 40);
+
+/* How the return before this one came to Python: it is not known any sooner. Only while times are measured. */
+struct kvmexit_trace_wait {
+    uint64_t asked, got; /* the GIL, in ticks */
+};
+
+/* What follows the payload and the data, in words. */
+static inline size_t kvmexit_trace_tail(unsigned how)
+{
+    return ((how & KVMEXIT_TRACE_REGISTERS ? sizeof(struct kvm_regs) : 0)
+               + (how & KVMEXIT_TRACE_WAITED ? sizeof(struct kvmexit_trace_wait) : 0))
+        / KVMEXIT_TRACE_WORD;
+}
 
 static inline size_t kvmexit_trace_words(size_t bytes)
 {

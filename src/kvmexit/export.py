@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 from kvmexit._exits import CLASSES, ExitReason, Interrupted
@@ -63,10 +63,14 @@ def write_csv(records: Iterable[TraceRecord], file: IO[str]) -> int:
     return count
 
 
-def events(records: Iterable[TraceRecord]) -> Iterator[dict[str, Any]]:
+def events(
+    records: Iterable[TraceRecord], wanted: Callable[[TraceRecord], bool] = lambda record: True
+) -> Iterator[dict[str, Any]]:
     """Trace events: a track a vCPU, times in us from the trace's beginning on.
 
-    A span in KVM for each entry, named by what it ended with; from there to the next, one named by what became of it.
+    A span in KVM for each entry, named by what it ended with. From there to the next, one named by what became of it;
+    or, where times were measured and it came to Python, three: native, the wait for the GIL, Python.
+    `wanted`: of these records alone. `records` has all, since spans end where the next record begins.
     """
     begun: dict[int, TraceRecord] = {}
     for record in records:
@@ -74,9 +78,17 @@ def events(records: Iterable[TraceRecord]) -> Iterator[dict[str, Any]]:
         if before is None:
             track = {"name": f"vCPU {record.vcpu}"}
             yield {"ph": "M", "name": "thread_name", "pid": 1, "tid": record.vcpu, "args": track}
-        else:
+        elif not wanted(before):
+            pass
+        elif record.waited_ns is None:
             yield _span(before, before.outcome, "userspace", before.left_ns, record.entered_ns)
-        yield _span(record, name_of(record), "kvm", record.entered_ns, record.left_ns)
+        else:
+            asked, got = record.waited_ns
+            yield _span(before, "native", "native", before.left_ns, asked)
+            yield _span(before, "GIL wait", "gil", asked, got)
+            yield _span(before, before.outcome, "python", got, record.entered_ns)
+        if wanted(record):
+            yield _span(record, name_of(record), "kvm", record.entered_ns, record.left_ns)
         begun[record.vcpu] = record
 
 
@@ -88,11 +100,13 @@ def _span(record: TraceRecord, name: str, category: str, begin: int, end: int) -
     }  # fmt: skip
 
 
-def write_perfetto(records: Iterable[TraceRecord], file: IO[str]) -> int:
+def write_perfetto(
+    records: Iterable[TraceRecord], file: IO[str], wanted: Callable[[TraceRecord], bool] = lambda record: True
+) -> int:
     """Write JSON that ui.perfetto.dev and chrome://tracing open: see events(). -> how many of them."""
     file.write('{"displayTimeUnit": "ns", "traceEvents": [')
     count = 0
-    for count, event in enumerate(events(records), 1):
+    for count, event in enumerate(events(records, wanted), 1):
         file.write(("\n" if count == 1 else ",\n") + json.dumps(event))
     file.write("\n]}\n")
     return count

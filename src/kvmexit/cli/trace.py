@@ -16,9 +16,9 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import kvmexit
 from kvmexit import export
@@ -26,6 +26,8 @@ from kvmexit._replay import Trace, TraceRecord, load
 from kvmexit.stats import OUTCOMES, PENDING
 
 __all__ = ["add_to"]
+
+Filter: TypeAlias = Callable[[TraceRecord], bool]
 
 NO_EXITS = ("retried", "kick", "timeout", "pause", "drained")  # TraceRecord.outcome of other returns
 
@@ -48,8 +50,8 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--time", type=_time, default=(0.0, float("inf")), metavar="FROM:TO",
                         help="seconds since the trace began; either may be left out")
     parser.add_argument("--json", action="store_const", const=_json, dest="show", help="an object a line")
-    parser.add_argument("--csv", action="store_const", const=export.write_csv, dest="show")
-    parser.add_argument("--perfetto", action="store_const", const=export.write_perfetto, dest="show",
+    parser.add_argument("--csv", action="store_const", const=_csv, dest="show")
+    parser.add_argument("--perfetto", action="store_const", const=_perfetto, dest="show",
                         help="trace events, for ui.perfetto.dev or chrome://tracing")
     parser.set_defaults(run=run, show=_lines, fail=parser.error)
 
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         options.fail(str(error))
     try:
-        options.show(chosen(trace, options), sys.stdout)
+        options.show(trace, chosen(options), sys.stdout)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,32 +83,42 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def chosen(trace: Trace, options: argparse.Namespace) -> Iterator[TraceRecord]:
-    """The records that every filter lets pass."""
+def chosen(options: argparse.Namespace) -> Filter:
+    """-> whether every filter lets a record pass."""
     first, last = (seconds * 1e9 for seconds in options.time)
-    for entry in trace:
+
+    def wanted(entry: TraceRecord) -> bool:
         address = export.address_of(entry) if options.range else None
-        if (
+        return (
             (not options.vcpu or entry.vcpu in options.vcpu)
             and (not options.outcome or entry.outcome in options.outcome)
             and (not options.exit or export.name_of(entry) in options.exit)
-            and (not options.range or any(address is not None and address in wanted for wanted in options.range))
+            and (not options.range or any(address is not None and address in range for range in options.range))
             and first <= entry.left_ns <= last
-        ):
-            yield entry
+        )
+
+    return wanted
 
 
-def _lines(records: Iterator[TraceRecord], file: Any) -> None:
+def _lines(trace: Trace, wanted: Filter, file: Any) -> None:
     """As strace does."""
-    for entry in records:
+    for entry in filter(wanted, trace):
         what = export.name_of(entry) if entry.exit is None else repr(entry.exit)
         print(f"{entry.entered_ns / 1e9:12.6f} {(entry.left_ns - entry.entered_ns) / 1000:9.1f}  vcpu {entry.vcpu:<3} "
               f"{entry.outcome:<8} {what}", file=file)
 
 
-def _json(records: Iterator[TraceRecord], file: Any) -> None:
-    for entry in records:
+def _json(trace: Trace, wanted: Filter, file: Any) -> None:
+    for entry in filter(wanted, trace):
         print(json.dumps(export.as_row(entry)), file=file)
+
+
+def _csv(trace: Trace, wanted: Filter, file: Any) -> None:
+    export.write_csv(filter(wanted, trace), file)
+
+
+def _perfetto(trace: Trace, wanted: Filter, file: Any) -> None:
+    export.write_perfetto(trace, file, wanted)
 
 
 class _RecordedVM(kvmexit.VM):
@@ -117,6 +129,7 @@ class _RecordedVM(kvmexit.VM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.timing = True  # so that waiting for the GIL is told from Python
         self.recorders.append(self.record(self.folder / f"vm-{len(self.recorders)}"))
 
 

@@ -70,7 +70,8 @@ cdef class Coalesced:
                 if other.zone.pio == pio and other.zone.first <= last and first <= other.zone.last:
                     raise ValueError(f"{made!r} overlaps {other!r}: remove that first")  # KVM may take back both with one
             offset = self._offset(vm, pio)
-            made.entries = vm._add_entries((KVM_EXIT_IO if pio else KVM_EXIT_MMIO,), first, last, made.handler)
+            made.entries = vm._entries((KVM_EXIT_IO if pio else KVM_EXIT_MMIO,), first, last, made.handler)
+            vm._swap_entries(made.entries, ())
             try:
                 self.publish((*self.zones, made), offset)  # before KVM posts: who has posted sees the zone
                 try:
@@ -79,7 +80,7 @@ cdef class Coalesced:
                     self.publish(self.zones[:-1], offset)
                     raise
             except BaseException:
-                vm._remove_entries(made.entries)
+                vm._swap_entries((), made.entries)
                 raise
         return made
 
@@ -190,7 +191,7 @@ cdef class CoalescedZone:
                 self.tell(owner.handle, False)  # no write is under way there once it returns; a second time it is no error
                 owner.drain()
                 owner.publish(tuple([zone for zone in owner.zones if zone is not self]), owner.c.offset)
-        vm._remove_entries(self.entries)  # also where a signal ended this before: it waits for who is in the handler
+        vm._swap_entries((), self.entries)  # also where a signal ended this before: it waits for who is in the handler
 
     def __enter__(self):
         return self

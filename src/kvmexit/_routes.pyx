@@ -34,6 +34,9 @@ cdef extern from *:
     """
     uint64_t kvmexit_next_serial()
 
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident() nogil
+
 cdef int _fenced = kvmexit_lacks_membarrier()  # then the vCPU's side makes its own barriers
 _LOOK_S = 0.0005  # while remove() waits for a native handler
 
@@ -167,6 +170,7 @@ cdef class RouteTable:
 
     def changed(self, added, removed):
         """-> a table with some entries more, and some less."""
+        removed = {*removed}
         return RouteTable([e for e in self.entries if e not in removed] + list(added), self)
 
 
@@ -251,6 +255,43 @@ cdef bint _still(Page page, uint64_t count):
 
 
 @cython.final
+cdef class RouteSwap:
+    """Changes of routes by one thread that are to be one: what VM.swap_routes() returns, for a with statement. A nested one
+    is part of the outer."""
+
+    cdef object _vm
+    cdef dict _swaps
+    cdef object _thread, _outer
+    cdef dict _added  # in order
+    cdef set _removed
+
+    def __init__(self, vm, swaps):
+        self._vm, self._swaps = vm, swaps
+
+    def _note(self, added, removed):
+        for entry in removed:
+            if self._added.pop(entry, None) is None:
+                self._removed.add(entry)
+        self._added.update({entry: entry for entry in added})
+
+    def __enter__(self):
+        if self._added is not None:
+            raise RuntimeError("this swap_routes() has been used: call it again")
+        self._added, self._removed, self._thread = {}, set(), PyThread_get_thread_ident()
+        self._outer = self._swaps.get(self._thread)
+        self._swaps[self._thread] = self
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        if self._outer is None:
+            del self._swaps[self._thread]
+        else:
+            self._swaps[self._thread] = self._outer
+        if kind is None and (self._added or self._removed):
+            self._vm._change_entries(self._added, self._removed)
+
+
+@cython.final
 cdef class Route:
     """A registered handler: what `vm.on_*(..., handler)` returns. Taken back by remove(), or at the end of a with block."""
 
@@ -269,7 +310,7 @@ cdef class Route:
 
         Removing twice is no error.
         """
-        self._vm._remove_entries(self._entries)
+        self._vm._change_entries((), self._entries)
 
     def __enter__(self):
         return self

@@ -11,6 +11,7 @@ cdef class VM:
     cdef object __weakref__
     cdef Routing routing
     cdef object lock            # of changes to routes and capabilities
+    cdef dict swaps             # thread -> the RouteSwap that it is in
     cdef readonly Memory memory
     cdef readonly object type
     cdef Vcpus vcpus

@@ -16,7 +16,7 @@ from kvmexit._msr_filter import MsrRange
 from kvmexit._native import _HasFileno
 from kvmexit._page import Page
 from kvmexit._record import VMRecorder
-from kvmexit._routes import Route
+from kvmexit._routes import Route, RouteSwap
 from kvmexit.handlers import Handler
 from kvmexit.stats import Stats
 
@@ -98,6 +98,7 @@ class VM:
     def coalesce_mmio(self, gpa: int, size: int, handler: Handler[Mmio]) -> CoalescedZone: ...
     def coalesce_pio(self, port: int, count: int, handler: Handler[Io]) -> CoalescedZone: ...
     def drain_coalesced(self) -> int: ...
+    def swap_routes(self) -> RouteSwap: ...
     # Without a handler a decorator, with one a Route.
     @overload
     def on(self, exit_class: builtins.type[_E], handler: None = None) -> _Decorator[_E]: ...

@@ -43,7 +43,7 @@ from kvmexit._stats cimport Recorder
 from kvmexit._vcpus cimport Vcpus
 from kvmexit import _exits
 from kvmexit._ioctl import generic_ioctl
-from kvmexit._routes import Entry, Route
+from kvmexit._routes import Entry, Route, RouteSwap
 from kvmexit.errors import Error, KvmError
 from kvmexit.handlers import coerce
 from kvmexit.stats import Stats
@@ -154,6 +154,7 @@ cdef class VM:
         self.eventfds = EventFds(handle)
         self.coalesced = Coalesced(handle, self.vcpus)
         self.recorders = []
+        self.swaps = {}
 
     def _set_up_memory(self, numbers, attributes):
         if attributes is None and self.check(KVM_CAP_MEMORY_ATTRIBUTES) & KVM_MEMORY_ATTRIBUTE_PRIVATE:
@@ -558,6 +559,14 @@ cdef class VM:
 
     # ---- routes ----
 
+    def swap_routes(self):
+        """What this thread adds and removes in a with block of this comes into force at its end, in one swap: -> RouteSwap.
+
+        A vCPU sees all of it or none, where a device moves, say; and each swap makes a table of all routes, so thousands are
+        added in a block. An exception in it changes nothing. Until the end, Route.remove() waits for nobody.
+        """
+        return RouteSwap(self, self.swaps)
+
     def on(self, exit_class, handler=None):
         """Call `handler(vcpu, exit)` for every exit of a class; for `Exit`, of any. -> Route; without a handler a decorator.
 
@@ -660,28 +669,33 @@ cdef class VM:
         handler = coerce(handler)
         if isinstance(handler, Native):
             (<Native>handler).check(self.memory)
-        return Route(self, handler, self._add_entries(places, first, last, handler))
+        entries = self._entries(places, first, last, handler)
+        self._change_entries(entries, ())
+        return Route(self, handler, entries)
 
-    def _add_entries(self, places, first, last, handler):
+    def _entries(self, places, first, last, handler):
         with self.lock:
             self.handle.check()
             self.serial += 1
-            entries = [Entry(handler, place, first, last, self.serial) for place in places]
-            self._replace_routes(entries, ())
-            return entries
+            return [Entry(handler, place, first, last, self.serial) for place in places]
 
-    def _remove_entries(self, entries):
+    def _change_entries(self, added, removed):
+        """Have swap_routes() swap the table, where this thread is in one; or do it now."""
+        swap = self.swaps.get(PyThread_get_thread_ident())
+        if swap is not None:
+            swap._note(added, removed)
+        else:
+            self._swap_entries(added, removed)
+
+    def _swap_entries(self, added, removed):
+        """Swap the table, and wait until nobody uses native handlers that are removed."""
         with self.lock:
-            self._replace_routes((), entries)
-        if [True for entry in entries if isinstance(entry.handler, Native)]:
+            while True:  # a finalizer that runs while the new table is made may swap it too: then once more
+                before = self.routing.table
+                if self.routing.swap(before, before.changed(added, removed), self.vcpus.pages()):
+                    break
+        if [True for entry in removed if isinstance(entry.handler, Native)]:
             self.routing.settle()
-
-    def _replace_routes(self, added, removed):
-        """Swap the table. A finalizer that runs while the new one is made may swap it too: then once more."""
-        while True:
-            before = self.routing.table
-            if self.routing.swap(before, before.changed(added, removed), self.vcpus.pages()):
-                return
 
 
 def _span(first, count, limit, what):

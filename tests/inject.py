@@ -1,6 +1,7 @@
 """Every system call that an operation makes, failed in turn with each errno: what is left must be as it was.
 
-    python tests/inject.py          prints the table of what was tried; tests/test_inject.py runs it
+    python tests/inject.py             prints the table of what was tried; tests/test_inject.py runs it
+    python tests/inject.py --private   that of private memory, on a kernel that has it: lab/run
 
 On the real /dev/kvm, with tests/inject.c preloaded (it sees to that itself). For each operation and kind of call: the first
 call fails, then, all made anew, the second, ... until the operation makes no more of them.
@@ -34,19 +35,23 @@ ERRNOS = {
 }  # fmt: skip
 PAGE = 4096
 HLT = bytes.fromhex("f4")
+# next: mov al, [rdi]; out 0x81, al; add rdi, 0x1000; dec ecx; jnz next; hlt
+PEEK = bytes.fromhex("8a 07  e6 81  48 81 c7 00 10 00 00  ff c9  75 f1  f4")
+REGION = 0x1000_0000
 MOST = 300  # calls of one kind in one operation
 
 
 # ---- the parent ----
 
 
-def run(library, errnos=99):
-    """Do all of it in a process that has the library preloaded, with the first so many errnos of each call; -> {"tried": [[operation,
+def run(library, cases, errnos=99):
+    """Do these in a process that has the library preloaded, with the first so many errnos of each call; -> {"tried": [[operation,
     call, which one, errno, outcome]], "broken": [what does not hold]}."""
     preloaded = " ".join([*os.environ.get("LD_PRELOAD", "").split(), str(library)])
     env = {**os.environ, "LD_PRELOAD": preloaded, "PYTHONMALLOC": "malloc", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__, "--here", str(library), str(errnos)], env=env, capture_output=True, text=True, timeout=900,
-                          check=False)  # fmt: skip
+    names = [case.__name__ for case in cases]
+    done = subprocess.run([sys.executable, __file__, "--here", str(library), str(errnos), *names], env=env, capture_output=True, text=True,
+                          timeout=900, check=False)  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"tests/inject.py ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return json.loads(done.stdout)
@@ -239,6 +244,103 @@ class RebindRemove(Rebinding, Remove):
         self.vm.memory.convert(0x10_1000, 2 * PAGE, private=True)
 
 
+class Private(Case):
+    """On a kernel that has private memory: KVM's own attributes and guest_memfd."""
+
+    private = True
+
+    def prepare(self, kvmexit):
+        self.k = kvmexit
+        self.vm, self.ring = kvmexit.VM(kvmexit.VMType.SW_PROTECTED), kvmexit.native.Ring(64)
+        self.vm.on_pio(0x81, 1, self.ring)
+        ram = self.vm.memory.add(0, 1 << 20)
+        ram[0x1000:0x1001] = HLT
+        ram[0x2000 : 0x2000 + len(PEEK)] = PEEK
+        self.vcpu = self.vm.create_vcpu(0)
+        kvmexit.x86.real_mode(self.vcpu, 0x1000)
+        self.slots = [self.vm.memory.add(REGION, 19 * PAGE, guest_memfd=True), self.vm.memory.add(REGION + 19 * PAGE, 23 * PAGE, guest_memfd=True)]
+        self.vm.memory.convert(REGION + 4 * PAGE, PAGE, private=True)
+        if not self.private:
+            self.vm.memory.convert(REGION + 9 * PAGE, 30 * PAGE, private=True)
+
+    def found_shared(self):
+        """-> by address whether the guest finds a page shared: it sees what the host has written, or not. KVM's attributes cannot
+        be read."""
+        shared = {}
+        for slot in self.slots:
+            for offset in range(0, len(slot), PAGE):
+                slot[offset : offset + 1] = b"\x5a"
+            self.k.x86.long_mode(self.vcpu, 0x2000, cpl=0, tables=0x80000)
+            self.vcpu.regs.rdi, self.vcpu.regs.rcx = slot.gpa, len(slot) // PAGE
+            exit = self.vcpu.run(timeout=5)
+            assert isinstance(exit, self.k.Hlt), exit
+            shared.update({slot.gpa + i * PAGE: entry.data == 0x5A for i, entry in enumerate(self.ring.drain())})
+        return shared
+
+    def check(self, failed):
+        if self.vm.closed:
+            return
+        for gpa, shared in self.found_shared().items():
+            assert shared != self.vm.memory.is_private(gpa), f"shadow and KVM differ at {gpa:#x}: {failed!r}"
+        super().check(failed)
+
+
+class PrivateAdd(Private):
+    def do(self):
+        self.slots.append(self.vm.memory.add(1 << 30, 19 * PAGE, guest_memfd=True))
+
+    def check(self, failed):
+        if failed:
+            self.do()  # asking again does it
+        self.vm.memory.convert(1 << 30, 19 * PAGE, private=True)
+        self.vm.memory.remove(self.slots.pop())
+        super().check(failed)
+
+
+class PrivateConvert(Private):
+    def do(self):
+        self.vm.memory.convert(REGION + PAGE, 40 * PAGE, private=True)
+
+    def check(self, failed):
+        if isinstance(failed, self.k.ConversionError):
+            done = range(failed.gpa, failed.gpa + failed.done, PAGE)
+            assert all(self.vm.memory.is_private(gpa) == self.private for gpa in done), failed
+        super().check(failed)
+        self.do()  # asking again does it
+        assert all(self.vm.memory.is_private(REGION + i * PAGE) == self.private for i in range(1, 41))
+        super().check(failed)
+
+
+class PrivateShare(PrivateConvert):
+    private = False
+
+    def do(self):
+        self.vm.memory.convert(REGION + PAGE, 40 * PAGE, private=False)
+
+
+class PrivateRemove(Private):
+    private = False
+
+    def do(self):
+        self.vm.memory.remove(self.slots[1])
+        self.slots.pop()
+
+    def check(self, failed):
+        assert len(self.vm.memory.slots) == 2 + bool(failed), self.vm.memory.slots
+        super().check(failed)
+        if failed:
+            self.do()
+
+
+class PrivateCloseMemfd(Private):
+    def do(self):
+        self.slots[0].close_guest_memfd()
+
+    def check(self, failed):
+        self.vm.memory.convert(REGION + 4 * PAGE, PAGE, private=False)  # what is private there faults for ever
+        super().check(failed)
+
+
 class Discard(Case):
     """A scripted VM's, whose backend takes everything: what fails is giving memory back."""
 
@@ -332,6 +434,7 @@ class Close(Case):
 
 CASES = [MakeVM, CreateVcpu, Add, AddFile, AddLogged, Remove, RebindAdd, RebindConvert, RebindShare, RebindRemove, Discard,
          ScriptedAdd, Run, Registers, EventFds, PostedWrites, Read, Routes, Close]  # fmt: skip
+PRIVATE_CASES = [PrivateAdd, PrivateConvert, PrivateShare, PrivateRemove, PrivateCloseMemfd]  # want a kernel with private memory
 
 
 def attempt(kvmexit, library, case, call, name, n):
@@ -368,14 +471,14 @@ def attempt(kvmexit, library, case, call, name, n):
     return bool(struck), outcome, wrong
 
 
-def child(library, errnos):
+def child(library, errnos, names):
     import kvmexit
 
     library = ctypes.CDLL(library)
     library.inject.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_long, ctypes.c_int]
     library.injected.restype, library.injected_request.restype = ctypes.c_long, ctypes.c_ulong
     tried, broken = [], []
-    for case in CASES:
+    for case in (globals()[name] for name in names):
         attempt(kvmexit, library, case, "ioctl", "EIO", MOST)  # whatever is made once
         for call in CALLS:
             for name in ERRNOS[call][:errnos]:
@@ -397,12 +500,12 @@ def child(library, errnos):
 def main():
     """See above."""
     if sys.argv[1:2] == ["--here"]:
-        return child(sys.argv[2], int(sys.argv[3]))
+        return child(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "inject.so"
         compiler = sysconfig.get_config_var("CC").split()[0]
         subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-fno-builtin", "-o", library, HERE / "inject.c"], check=True)
-        found = run(library)
+        found = run(library, PRIVATE_CASES if sys.argv[1:] == ["--private"] else CASES)
     print("\n".join(table(found["tried"])))
     print("\n".join(found["broken"]))
     return bool(found["broken"])

@@ -75,6 +75,7 @@ class Input:
 
     def __init__(self, data):
         self.data, self.at = data, 0
+        self.sound = True
 
     def take(self, size=1):
         """-> a number of so many bytes."""
@@ -108,10 +109,12 @@ def files(data):
             (120 + len(body)) * closed, closed, 0, 0, b"0.1.0") + body)
     for which, at, what in patches:
         patched = made[names[which % len(names)]]
+        if not patched:
+            continue  # cut away
         patched[at % len(patched)] ^= what
         if which & 128:
             del patched[at % len(patched) :]
-    return made, not any(what or which & 128 for which, _, what in patches)
+    return made, rest.sound and not any(what or which & 128 for which, _, what in patches)
 
 
 def record(rest, op, flags, entered, left, run_size):
@@ -130,6 +133,9 @@ def record(rest, op, flags, entered, left, run_size):
     outside = padded(fill * data) if data else b"".join(padded(fill * span) for span in spans)
     registers = bytes([rest.take()]) * 144 if flags & 32 else b""
     body = (union + bytes(256))[: words * 8] + outside + registers
+    if op & 64:  # a word too many, or too few
+        rest.sound = False
+        body = body[:-8] if op & 32 else body + bytes(8)
     return struct.pack(HEAD, (40 + len(body)) // 8 | words << 16, 0, OUTCOMES[(flags & 15) % 11], settled, entered,
                        left, 0x1000 if flags & 64 else 2**64 - 1, reason, error, flags & 63,
                        bool(flags & 128) | flags >> 4 & 2) + body
@@ -332,6 +338,11 @@ def one(data):
         if part is not None:
             check_records(part, made[name])
     ensure(not sound or trace is not None, "a sound trace is refused")
+    cut = made["t.trace"][: len(made["t.trace"]) * data[-1] // 256]
+    (folder / "cut").write_bytes(cut)
+    part = attempt(folder / "cut")
+    if part is not None:
+        check_records(part, cut)
     if trace is not None:
         ensure(len(trace) <= sum(map(len, made.values())) // 40, "more records than there is room for")
         said = look(trace)

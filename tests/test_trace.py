@@ -942,6 +942,7 @@ def test_a_file_that_changes_while_it_is_read(scripted, tmp_path):
     with vcpu.record(tmp_path / "t"):
         drive(vcpu)
     whole, path, done, rng = (tmp_path / "t").read_bytes(), tmp_path / "t", threading.Event(), random.Random(1)
+    count = len(kvmexit.load(path))
 
     def change():
         while not done.is_set():
@@ -957,7 +958,7 @@ def test_a_file_that_changes_while_it_is_read(scripted, tmp_path):
             assert [record.number for record in trace] == list(range(len(trace)))
     done.set()
     thread.join()
-    assert max(seen, default=600) <= 600
+    assert max(seen, default=0) <= count
 
 
 def test_parts_that_contradict_each_other_are_refused(scripted, tmp_path):

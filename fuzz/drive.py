@@ -7,7 +7,8 @@ library, target, *arguments = sys.argv[1:]
 libfuzzer = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # first: what it is to watch announces itself to it
 import targets  # noqa: E402
 
-argv = [b"fuzz", *[argument.encode() for argument in arguments]]
+again = " ".join([sys.executable, *sys.argv[:3]])  # which a shell runs, with libFuzzer's arguments, for -merge=1
+argv = [again.encode(), *[argument.encode() for argument in arguments]]
 argc = ctypes.c_int(len(argv))
 vector = ctypes.pointer((ctypes.c_char_p * (len(argv) + 1))(*argv, None))
 function = ctypes.c_void_p(targets.TARGETS[target])

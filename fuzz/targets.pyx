@@ -5,6 +5,7 @@ An input is a configuration (a byte: who answers what) and then, as they are nee
 *actions*, what the vCPU's user does then. All of it is native: no GIL, but for the target `python`.
 """
 
+import atexit as py_atexit
 import ctypes
 import mmap
 import os
@@ -24,7 +25,9 @@ from kvmexit._convert cimport DONTNEED, PUNCH, Converter, Log as RecordedLog, Re
 from kvmexit._loop cimport Vcpu
 from kvmexit._native cimport Registers, Serial16550, kvmexit_serial_feed
 from kvmexit._native_convert cimport Convert
-from kvmexit._native_ring cimport Ring, kvmexit_entry, kvmexit_lane, kvmexit_ring
+from kvmexit._native_ring cimport (
+    KVMEXIT_FULL_DROP, KVMEXIT_FULL_STOP, KVMEXIT_FULL_WAIT, Ring, kvmexit_entry, kvmexit_lane, kvmexit_ring,
+)
 from kvmexit._page cimport kvmexit_vcpu
 from kvmexit._routes cimport Native
 from kvmexit._uapi cimport (
@@ -36,6 +39,7 @@ import kvmexit
 from kvmexit import native
 from kvmexit.testing import RecordedAttributes as Recorded
 from kvmexit.testing import ScriptedVM, hlt
+import traces
 
 cdef extern from "<errno.h>" nogil:
     const int EHWPOISON, EPROTO, ENXIO, EOPNOTSUPP, ENOEXEC
@@ -57,7 +61,7 @@ cdef extern from "_ring.h" nogil:
 
 cdef extern from "include/kvmexit/embed.h" nogil:
     enum:
-        KVMEXIT_RUN_EXIT, KVMEXIT_RUN_PYTHON, KVMEXIT_RUN_KICKED, KVMEXIT_RUN_BROKEN
+        KVMEXIT_RUN_EXIT, KVMEXIT_RUN_PYTHON, KVMEXIT_RUN_KICKED, KVMEXIT_RUN_TIMED_OUT, KVMEXIT_RUN_BROKEN
     const uint64_t KVMEXIT_FOREVER
     struct kvmexit_api:
         kvmexit_vcpu *(*vcpu)(void *) except NULL
@@ -97,6 +101,7 @@ cdef struct Machine:     # a VM, its one vCPU, and what the model knows of them
     bint open            # KVM has yet to complete the exit
     bint owes, contradicts
     bint kicked, liar, python, objects
+    bint paused, timed   # the VM; the run that is under way
     int later            # how often the liar may still say so
     uint32_t reason
     size_t answer, answer_size  # bytes that may be written
@@ -115,6 +120,7 @@ cdef int machine_count = 0
 cdef uint64_t pages = 0, accesses = 0, inputs = 0
 cdef const kvmexit_api *api = <const kvmexit_api *>PyCapsule_GetPointer(kvmexit._C_API, "kvmexit._C_API")
 _alive = []  # what the C side points into
+_vms = []
 _vcpus = []
 _logs = []
 
@@ -289,6 +295,8 @@ cdef int enter_fuzzed(kvmexit_vcpu *v) noexcept nogil:
     cdef int error
     cdef size_t i
     check_page(m)
+    if m.paused:
+        die(m, "entered while the VM is paused")
     if m.owes and not v.answered:
         die(m, "entered while an exit owes its answer")
     if m.fault_wants >= 0 and m.backend != NULL and not m.liar and not has_all(
@@ -411,6 +419,9 @@ cdef void check_returned(Machine *m, int what, const kvmexit_exit *exit) noexcep
         if not m.kicked:
             die(m, "kicked by nobody")
         m.kicked = False
+    if what == KVMEXIT_RUN_TIMED_OUT and (
+            not m.timed or (m.open and not m.paused and not v.unsettled and not (m.owes and not v.answered))):
+        die(m, "timed out without a time-out, or before what pended was completed")
     m.fault_wants = -1  # whoever has it now
     if what == KVMEXIT_RUN_BROKEN and not m.liar:
         die(m, "a broken handler, and there is none")
@@ -437,6 +448,8 @@ cdef void renew(Machine *m) noexcept nogil:
     """Another vCPU: the one there is owes an answer that nobody can give."""
     cdef kvmexit_vcpu *v = m.v
     cdef uint64_t count = v.native, seq = v.seq, exit_seq = v.exit_seq, generation = v.generation
+    if m.paused:
+        pause(m, False)
     memcpy(v, &m.fresh, sizeof(kvmexit_vcpu))
     v.native, v.seq, v.exit_seq, v.generation = count, seq, exit_seq, generation
     m.open = m.owes = m.contradicts = m.kicked = False
@@ -464,6 +477,13 @@ cdef Machine *begin(const uint8_t *data, size_t size, int machine) noexcept nogi
     return m
 
 
+cdef void pause(Machine *m, bint paused) noexcept nogil:
+    m.paused = paused
+    with gil:
+        vm = _vms[m - machines]
+        vm.pause() if paused else vm.resume()
+
+
 cdef void drive(Machine *m) noexcept nogil:
     """Run the vCPU to the input's end, and answer as that says."""
     cdef kvmexit_vcpu *v = m.v
@@ -471,11 +491,14 @@ cdef void drive(Machine *m) noexcept nogil:
     cdef uint64_t first, size, done = 0
     cdef uint8_t action
     cdef int what, error
+    cdef bint timed = False
     while True:
-        what = api.run(v, KVMEXIT_FOREVER, &exit)
+        m.timed = timed or m.paused  # a run of a paused VM would wait for ever
+        what = api.run(v, 0 if m.timed else KVMEXIT_FOREVER, &exit)
         check_returned(m, what, exit)
+        timed = False
         if m.at == m.end:
-            return
+            break
         action = take(m)
         if action & 15 <= 8:
             if exit != NULL and exit.data != NULL and not exit.is_write:
@@ -503,6 +526,12 @@ cdef void drive(Machine *m) noexcept nogil:
             v.value[action >> 4] = action
         elif action & 15 == 12 and m.contradicts:
             renew(m)
+        elif action & 15 == 13:
+            pause(m, not m.paused)
+        elif action & 15 == 14:
+            timed = True
+    if m.paused:
+        pause(m, False)
 
 
 cdef void total(Machine *m) noexcept nogil:
@@ -642,23 +671,30 @@ cdef uint8_t *register_bytes = NULL  # what the Registers are over: exactly thes
 
 
 cdef struct Expected:
-    uint64_t address, data
+    uint64_t address, data, sequence
     uint8_t size, reason
 
 
+cdef bint is_the_same(const kvmexit_entry *entry, const Expected *wanted) noexcept nogil:
+    return (entry.sequence == wanted.sequence and entry.address == wanted.address and entry.data == wanted.data
+            and entry.size == wanted.size and entry.reason == wanted.reason)
+
+
 cdef public int fuzz_devices(const uint8_t *data, size_t size) noexcept nogil:
-    """Registers against a plain array, Ring against a queue."""
+    """Registers against a plain array, Ring against a queue; the last byte says what is done where that is full."""
     global accesses
     cdef Machine *m = begin(data, size, 0)
     cdef kvmexit_exit exit
     cdef Expected queue[ROOM]
-    cdef uint64_t head = 0, tail = 0, i, j, n, at
+    cdef uint64_t head = 0, tail = 0, sequence = 0, i, j, n, at
     cdef uint8_t model[REGISTERS]
     cdef int verdict
     memset(register_bytes, 0, REGISTERS)
     memset(model, 0, REGISTERS)
     for i in range(3):
         memcpy(ring_kept[i].at, ring_kept[i].copy, ring_kept[i].size)
+    ring.full = data[size - 1] % 3 if size else <int>KVMEXIT_FULL_STOP
+    m.v.run.immediate_exit = 1  # who waits is asked out at once
     while m.at != m.end:
         accesses += 1
         i = take(m)
@@ -671,9 +707,7 @@ cdef public int fuzz_devices(const uint8_t *data, size_t size) noexcept nogil:
         if i & 3 == 0:
             n = kvmexit_ring_drain(ring, _drained, 1 + (i >> 3))
             for j in range(n):
-                if head == tail or _drained[j].sequence != head or _drained[j].address != queue[head % ROOM].address or (
-                        _drained[j].data != queue[head % ROOM].data or _drained[j].size != queue[head % ROOM].size
-                        or _drained[j].reason != queue[head % ROOM].reason):
+                if head == tail or not is_the_same(&_drained[j], &queue[head % ROOM]):
                     die(m, "the ring gave out something else")
                 head += 1
             if n == 0 and head != tail:
@@ -681,13 +715,17 @@ cdef public int fuzz_devices(const uint8_t *data, size_t size) noexcept nogil:
         elif i & 3 == 1:
             verdict = _ring_call(&exit, ring)
             if verdict != (KVMEXIT_PASS if not exit.is_write else
-                           KVMEXIT_DONE if tail - head + exit.count <= ROOM else KVMEXIT_STOP):
+                           KVMEXIT_DONE if tail - head + exit.count <= ROOM or ring.full == KVMEXIT_FULL_DROP else
+                           KVMEXIT_LATER if ring.full == KVMEXIT_FULL_WAIT and exit.count <= ROOM else KVMEXIT_STOP):
                 die(m, "the ring's verdict")
-            if verdict == KVMEXIT_DONE:
+            if verdict == KVMEXIT_DONE and tail - head + exit.count > ROOM:
+                sequence += exit.count  # dropped, all of them
+            elif verdict == KVMEXIT_DONE:
                 for j in range(exit.count):
-                    queue[tail % ROOM] = Expected(exit.address, 0, <uint8_t>exit.size, <uint8_t>exit.reason)
+                    queue[tail % ROOM] = Expected(exit.address, 0, sequence, <uint8_t>exit.size, <uint8_t>exit.reason)
                     memcpy(&queue[tail % ROOM].data, _bytes + j * exit.size, exit.size)
                     tail += 1
+                    sequence += 1
         else:
             at = (exit.address - exit.base) * (8 if i & 4 else 1)
             if exit.is_write:
@@ -805,6 +843,22 @@ def _drive_python():
                 renew(m)
 
 
+# ---- trace files ----
+
+cdef public int fuzz_trace(const uint8_t *data, size_t size) noexcept nogil:
+    global inputs
+    inputs += 1
+    with gil:
+        try:
+            traces.one(data[:size])
+            if inputs % 64 == 0:
+                traces.renew()
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+            die(&machines[0], "a trace's reader")
+    return 0
+
+
 # ---- making them ----
 
 cdef int keep(Machine *m, void *at, size_t size) except -1:
@@ -856,6 +910,7 @@ def _make(routes):
     m.v.enter = enter_fuzzed
     m.v.script = m
     _alive.append((vm, vcpu, backend))
+    _vms.append(vm)
     _vcpus.append(vcpu)
     _logs.append(backend)
     machine_count += 1
@@ -999,7 +1054,7 @@ ctypedef int (*Target)(const uint8_t *, size_t) noexcept nogil
 
 TARGETS = {
     "exits": <uintptr_t>&fuzz_exits, "convert": <uintptr_t>&fuzz_convert, "serial": <uintptr_t>&fuzz_serial,
-    "devices": <uintptr_t>&fuzz_devices, "python": <uintptr_t>&fuzz_python,
+    "devices": <uintptr_t>&fuzz_devices, "python": <uintptr_t>&fuzz_python, "trace": <uintptr_t>&fuzz_trace,
 }
 
 
@@ -1008,6 +1063,7 @@ cdef void say() noexcept nogil:
 
 
 atexit(say)
+py_atexit.register(traces.remove)
 
 
 def one(target, bytes data):

@@ -154,6 +154,16 @@ def test_what_is_torn_is_said(capsys, recorded):
     assert "torn" in printed.err
 
 
+def test_a_damaged_time_hides_nothing(capsys, recorded):
+    """Without --time all is shown, also what claims to be from before the trace began."""
+    path = recorded / "vcpu-1.trace"
+    data = bytearray(path.read_bytes())
+    data[120 + 8 : 120 + 24] = struct.pack("<qq", 1, 2)
+    path.write_bytes(data)
+    assert len(shown(capsys, "trace", path).splitlines()) == 2
+    assert len(shown(capsys, "trace", path, "--time", "0:").splitlines()) == 1
+
+
 def test_what_is_no_trace(capsys, tmp_path):
     (tmp_path / "no.trace").write_bytes(b"MZ" * 100)
     assert main(["trace", str(tmp_path / "no.trace")]) == 2

@@ -1,6 +1,7 @@
 """Recording and replaying: what is written survives, what is replayed is the same, what is damaged is said."""
 
 import contextlib
+import ctypes
 import errno
 import itertools
 import os
@@ -36,6 +37,10 @@ from kvmexit.testing import (
 PAGE = 4096
 HEADER = 120
 TRACES = Path(__file__).parent / "traces"
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 pytestmark = pytest.mark.off_main
 
@@ -854,7 +859,7 @@ def test_damaged_files_are_refused_or_read(scripted, tmp_path):
 
 @pytest.mark.parametrize(("offset", "value", "why"), [
     (0, b"K", "no trace of kvmexit's"), (8, b"\2", "version 2"), (12, b"\1\0", "header of 1 bytes"), (40, b"\1", "mapping of"),
-    (64, b"\0" * 8, "ns a tick"), (72, b"\x08\0\0\0", "8 bytes in use"), (80, b"\x09", "ending 9"),
+    (64, b"\0" * 8, "ns a tick"), (72, b"\x08\0\0\0", "8 bytes in use"), (80, b"\x09", "ending 9"), (84, b"\xff" * 4, "errno 4294967295"),
     (HEADER, b"\4", "a record of 4 words"), (HEADER + 2, b"\1", "has a record of"), (HEADER + 3, b"\1", "unknown flags"),
     (HEADER + 6, b"\x0f", "outcome 15"), (HEADER + 7, b"\2", "settled 2"), (HEADER + 39, b"\x80", "unknown flags"),
     (HEADER, bytes(8), "no record, where"), (HEADER + 41, b"\7", "has a record of"),
@@ -869,6 +874,85 @@ def test_what_is_wrong_is_said(scripted, tmp_path, offset, value, why):
     (tmp_path / "t").write_bytes(data)
     with pytest.raises(TraceError, match=rf"t, offset 0x{offset if offset < HEADER else HEADER:x}: .*{why}"):
         kvmexit.load(tmp_path / "t")
+
+
+def test_times_of_a_damaged_file_stay_in_range(scripted, tmp_path):
+    """Ticks and a rate that are no time: the most there is, and of their sign."""
+    vcpu = scripted.create_vcpu(0, [hlt()])
+    with vcpu.record(tmp_path / "t"):
+        vcpu.run()
+    data = bytearray((tmp_path / "t").read_bytes())
+    data[48:56], data[64:72] = struct.pack("<Q", 0), struct.pack("<d", 1e8)
+    data[HEADER + 8 : HEADER + 24] = struct.pack("<qq", -(1 << 62), 1 << 62)
+    (tmp_path / "t").write_bytes(data)
+    (record,) = kvmexit.load(tmp_path / "t")
+    assert (record.entered_ns, record.left_ns) == (-(2**63 - 1024), 2**63 - 1024)
+
+
+def test_a_mapping_without_a_ring_has_no_posted_writes(tmp_path):
+    """What lies behind a replay's mapping, which is as large as the trace says, is not taken for KVM's ring (fuzz/)."""
+    trace = tmp_path / "t"
+    with ScriptedVM() as vm:
+        vcpu = vm.create_vcpu(0, [hlt()])
+        with vcpu.record(trace):
+            vcpu.run()
+        data = bytearray(trace.read_bytes())
+        data[40:44] = struct.pack("<I", 2 * PAGE)
+        trace.write_bytes(data)
+    with ScriptedVM() as vm:
+        zone = vm.coalesce_mmio(0, 1 << 20, native.Ignore())
+        loaded = kvmexit.load(trace)
+        # A page as a ring of one entry, and room for the mapping before it, the highest there is: the kernel takes that next.
+        place = mapped(3 * PAGE)
+        ring = struct.pack("<IIQII8s", 0, 1, 0x1000, 4, 0, b"")
+        ctypes.memmove(place + 2 * PAGE, ring, len(ring))
+        unmapped(place, 2 * PAGE)
+        above = []
+        while len(above) < 10000 and (above or [0])[-1] != place:
+            above.append(mapped(2 * PAGE))
+        unmapped(above.pop(), 2 * PAGE)
+        replay = kvmexit.replay(loaded, vm=vm)
+        assert isinstance(replay.run(), Hlt)
+        assert vm.drain_coalesced() == 0
+        assert zone.posted == 0
+        for at in above:
+            unmapped(at, 2 * PAGE)
+
+
+def mapped(size):
+    """-> the address of new memory."""
+    at = LIBC.mmap(None, size, 3, 0x22, -1, 0)
+    assert at != ctypes.c_void_p(-1).value
+    return at
+
+
+def unmapped(at, size):
+    assert LIBC.munmap(at, size) == 0
+
+
+def test_a_file_that_changes_while_it_is_read(scripted, tmp_path):
+    """It is read, or refused; a mapping of it would be a SIGBUS."""
+    vcpu = scripted.create_vcpu(0, [pio_out(0x80, b"x"), mmio_read(0x2000, 4), hlt()] * 200)
+    with vcpu.record(tmp_path / "t"):
+        drive(vcpu)
+    whole, path, done, rng = (tmp_path / "t").read_bytes(), tmp_path / "t", threading.Event(), random.Random(1)
+    count = len(kvmexit.load(path))
+
+    def change():
+        while not done.is_set():
+            os.truncate(path, rng.randrange(len(whole)))
+            path.write_bytes(whole)
+
+    thread = in_thread(change)
+    seen = set()
+    for _ in range(stress(300)):
+        with contextlib.suppress(TraceError):
+            trace = kvmexit.load(path)
+            seen.add(len(trace))
+            assert [record.number for record in trace] == list(range(len(trace)))
+    done.set()
+    thread.join()
+    assert max(seen, default=0) <= count
 
 
 def test_parts_that_contradict_each_other_are_refused(scripted, tmp_path):

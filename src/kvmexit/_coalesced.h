@@ -45,8 +45,13 @@ struct kvmexit_coalesced {
     size_t count;
 };
 
+/* -> NULL where a vCPU's mapping has no ring: a replay's is as large as its trace says. */
 static inline struct kvm_coalesced_mmio_ring *kvmexit_ring(const struct kvmexit_vcpu *v, size_t offset)
 {
+    const size_t size = offsetof(struct kvm_coalesced_mmio_ring, coalesced_mmio)
+                        + KVMEXIT_COALESCED_MMIO_MAX * sizeof(struct kvm_coalesced_mmio);
+    if (offset > v->run_size || v->run_size - offset < size)
+        return NULL;
     return (struct kvm_coalesced_mmio_ring *)((char *)v->run + offset);
 }
 
@@ -90,6 +95,8 @@ static inline size_t kvmexit_drain_ring(const struct kvmexit_coalesced *s, const
     if (!s->offset)
         return 0;
     ring = kvmexit_ring(v, s->offset);
+    if (!ring)
+        return 0;
     last = __atomic_load_n(&ring->last, __ATOMIC_ACQUIRE);
     first = __atomic_load_n(&ring->first, __ATOMIC_RELAXED);
     /* SAFETY: the indices are KVM's and ours; but what lies in a mapping is checked before it is followed. */
@@ -108,7 +115,10 @@ static __attribute__((noinline, unused)) void kvmexit_drain_for(
     struct kvmexit_coalesced *s, const struct kvmexit_vcpu *v, size_t offset)
 {
     const struct kvm_coalesced_mmio_ring *ring = kvmexit_ring(v, offset);
-    uint32_t last = __atomic_load_n(&ring->last, __ATOMIC_ACQUIRE);
+    uint32_t last;
+    if (!ring)
+        return;
+    last = __atomic_load_n(&ring->last, __ATOMIC_ACQUIRE);
     if (__atomic_load_n(&ring->first, __ATOMIC_ACQUIRE) == last)
         return;
     pthread_mutex_lock(&s->lock);

@@ -90,6 +90,8 @@ cdef enum:
     MOST_RUN_SIZE = 1 << 20
     MOST_ANSWER = 32768  # KVMEXIT_TRACE_MOST_DATA
 
+cdef double MOST_NS = 9223372036854774784.0  # the largest double that an int64_t can hold
+
 ENDINGS = (None, "closed", "rotated", "failed")
 _OTHER_OUTCOMES = ("retried", "kick", "timeout", "pause", "drained")
 _OUTCOMES = (*stats.OUTCOMES, stats.PENDING)
@@ -227,6 +229,8 @@ cdef class Source:
             raise self.error(72, f"{h.size} bytes in use, of which the header is {h.header_size}")
         if h.ended >= <uint32_t>len(ENDINGS):
             raise self.error(80, f"an ending {h.ended}")
+        if h.error > 0x7fffffff:
+            raise self.error(84, f"errno {h.error}")
         return 0
 
     cdef size_t scan(self, Ref *refs, uint32_t source) except? 0:
@@ -457,7 +461,9 @@ cdef class Trace:
             yield self.record(i)
 
     cdef int64_t ns(self, uint64_t ticks) noexcept:
-        return <int64_t>(<double><int64_t>(ticks - self.first) * self.ns_per_tick)
+        """Since the beginning; 292 years at the most, whatever a file says."""
+        cdef double ns = <double><int64_t>(ticks - self.first) * self.ns_per_tick
+        return <int64_t>max(min(ns, MOST_NS), -MOST_NS)
 
     cdef object record(self, size_t i):
         """-> TraceRecord."""

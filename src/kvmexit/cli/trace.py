@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
                         help="only accesses to these ports, addresses, MSRs or hypercalls")
     parser.add_argument("--vcpu", action="append", type=int, metavar="ID")
     parser.add_argument("--outcome", action="append", choices=(*OUTCOMES, PENDING, *NO_EXITS))
-    parser.add_argument("--time", type=_time, default=(0.0, float("inf")), metavar="FROM:TO",
+    parser.add_argument("--time", type=_time, default=(-float("inf"), float("inf")), metavar="FROM:TO",
                         help="seconds since the trace began; either may be left out")
     parser.add_argument("--json", action="store_const", const=_json, dest="show", help="an object a line")
     parser.add_argument("--csv", action="store_const", const=_csv, dest="show")
@@ -172,6 +172,6 @@ def _range(text: str) -> range:
 def _time(text: str) -> tuple[float, float]:
     first, _, last = text.partition(":")
     try:
-        return float(first or 0), float(last or "inf")
+        return float(first or "-inf"), float(last or "inf")
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no FROM:TO in seconds, such as 0.5:2") from None

@@ -67,7 +67,8 @@ cdef extern from * nogil:
     }
     """
     uint32_t kvmexit_see(uint32_t *)
-    void kvmexit_show(void *, uint32_t)
+    void kvmexit_show(uint32_t *, uint32_t)
+    void kvmexit_show_byte "kvmexit_show"(uint8_t *, uint8_t)
     void kvmexit_arrive(uint32_t *)
     int32_t kvmexit_gettid()
     int kvmexit_tgkill(int32_t tid, int number)
@@ -133,7 +134,7 @@ cdef int enter(kvmexit_vcpu *c) noexcept nogil:
         while kvmexit_see(e.gate) < e.expected and not kvmexit_see(&e.cancelled):
             sched_yield()
     if full(e):
-        c.run.immediate_exit = 1
+        kvmexit_show_byte(&c.run.immediate_exit, 1)
     elif not e.again:
         e.ns[e.count] = now()
         e.count += 1
@@ -240,7 +241,7 @@ cdef class EntryTimes:
                 c.run.exit_reason = KVMEXIT_REASON_SENTINEL
                 error = enter(c)
                 if error == -EINTR:
-                    c.run.immediate_exit = 0
+                    kvmexit_show_byte(&c.run.immediate_exit, 0)
                     if full(&self.entries):
                         break
                 elif error == 0 or error == -EFAULT:
@@ -262,7 +263,7 @@ cdef class EntryTimes:
         with nogil:
             error = enter(self.vcpu.c)
             if error == -EINTR:
-                self.vcpu.c.run.immediate_exit = 0
+                kvmexit_show_byte(&self.vcpu.c.run.immediate_exit, 0)
         if error:
             raise OSError(-error, os.strerror(-error))
         return 0
@@ -308,7 +309,7 @@ cdef class Kicker:
                 if self.natively:
                     k.error = ask_natively(c, KVMEXIT_REQUEST_KICK)
                 else:
-                    kvmexit_show(&c.run.immediate_exit, 1)
+                    kvmexit_show_byte(&c.run.immediate_exit, 1)
                     k.error = kvmexit_tgkill(k.tid, signal)
                 kvmexit_show(&k.served, k.served + 1)  # one writer
 
@@ -323,12 +324,12 @@ ctypedef int (*Call)(kvmexit_vcpu *, const kvmexit_api *, size_t) noexcept nogil
 
 cdef int enter_raw(kvmexit_vcpu *c, const kvmexit_api *api, size_t i) noexcept nogil:
     cdef int error = 0 if ioctl(c.fd, KVM_RUN, 0) == 0 else -errno
-    c.run.immediate_exit = 0
+    kvmexit_show_byte(&c.run.immediate_exit, 0)
     return 0 if error == -EINTR else error
 
 
 cdef int never_enter(kvmexit_vcpu *c, const kvmexit_api *api, size_t i) noexcept nogil:
-    c.run.immediate_exit = 1
+    kvmexit_show_byte(&c.run.immediate_exit, 1)
     return enter_raw(c, api, i)
 
 

@@ -1,4 +1,4 @@
-"""The cells of the grid: a kind of exit, beside so many busy Python threads, on so many vCPUs; and four ways to answer it.
+"""The cells of the grid: a kind of exit, beside so many busy Python threads, on so many vCPUs; and who answers.
 
 Every way runs the same guest code, in a VM of its own, and is timed by the same C function at each entry into KVM
 (_bench.pyx). A cell that this machine cannot do raises Impossible, with the reason.
@@ -39,8 +39,8 @@ WAYS = {
     "python": "kvmexit, Python",
     "loop": "Python ioctl loop",
 }
-"""Who answers: a hand-written C loop, which is the control; kvmexit with a native handler, with a Python handler; and the
-loop that people write in Python."""
+"""Who answers: a hand-written C loop, which is the control; kvmexit with a native handler, with a Python handler; and
+the loop that people write in Python."""
 
 CODE, REGION, RAM, PAGE, PORT = 0x1000, 0x1000_0000, 1 << 20, 4096, 0x80
 KVM_RUN, KVM_SET_MEMORY_ATTRIBUTES = 0xAE80, 0x4020AED2
@@ -63,7 +63,8 @@ KINDS: dict[str, Kind] = {
     "pio_in": Kind(bytes.fromhex("e4 80 eb fc"), Io),  # again: in al, PORT; jmp again
     "mmio_write": Kind(bytes.fromhex("89 03 eb fc"), Mmio),  # again: mov [rbx], eax; jmp again
     "mmio_read": Kind(bytes.fromhex("8b 03 eb fc"), Mmio),  # again: mov eax, [rbx]; jmp again
-    "hypercall": Kind(bytes.fromhex("b8 0c 00 00 00 0f 01 c1 eb f6"), Hypercall, 0),  # again: mov eax, 12; vmcall; jmp again
+    # again: mov eax, 12; vmcall; jmp again
+    "hypercall": Kind(bytes.fromhex("b8 0c 00 00 00 0f 01 c1 eb f6"), Hypercall, 0),
     "memory_fault": Kind(bytes.fromhex("8b 03 eb fc"), MemoryFault),  # mov eax, [rbx], which nobody repairs
 }
 VMMCALL = bytes.fromhex("b8 0c 00 00 00 0f 01 d9 eb f6")  # on AMD's processors
@@ -101,8 +102,11 @@ FULL = tuple(
 
 
 def chosen(full: bool, only: list[str] | None) -> list[Cell]:
-    """The cells that are asked for: patterns of names, as "pio_*/idle/1" or "kick". A pattern without a slash names kinds,
-    beside no and one busy thread and on one vCPU if not `full`. ValueError for one that matches nothing."""
+    """The cells that are asked for, by patterns of names such as "pio_*/idle/1" or "kick".
+
+    A pattern without a slash names kinds; if not `full`, beside no and one busy thread and on one vCPU. ValueError for
+    one that matches nothing.
+    """
     if only is None:
         return list(FULL if full else SHORT)
     cells: dict[Cell, None] = {}
@@ -119,7 +123,7 @@ def chosen(full: bool, only: list[str] | None) -> list[Cell]:
 
 
 class Impossible(Exception):
-    """This machine cannot do that: the reason."""
+    """Something that this machine cannot do: the reason."""
 
 
 @contextmanager
@@ -151,8 +155,8 @@ class Subject(ABC):
     def turn(self, vcpu: int, exits: int, gate: Gate | None = None) -> array[int]:
         """So many samples, in ns; fewer where it was cancelled. gate: where the vCPUs of a turn wait for each other."""
 
-    def cancel(self) -> None:  # noqa: B027: most have nothing to end
-        """End the turn in progress. Any thread."""
+    def cancel(self) -> None:  # noqa: B027
+        """End the turn in progress, where it takes long. Any thread."""
 
     def split(self, exits: int, seconds: float) -> dict[str, float] | None:
         """Where an exit's time goes, ns on average: of kvmexit's ways, measured apart, since it costs some itself."""
@@ -206,7 +210,8 @@ class Exits(Subject):
             self.first_exit(vcpu, expected)
         self.times = [EntryTimes(vcpu) for vcpu in self.cpus]
         if way in ("native", "python"):
-            self.register(native.Ignore() if way == "native" else python_handler)
+            in_python = give if cell.kind in ("pio_in", "mmio_read", "hypercall") else take
+            self.register(native.Ignore() if way == "native" else in_python)
         else:
             for vcpu in self.cpus:
                 vcpu.sync = 0  # who writes the loop by hand does not ask for registers
@@ -261,18 +266,25 @@ class Exits(Subject):
         if self.way not in ("native", "python"):
             return None
         before, self.vm.timing = self.vm.stats, True
-        begun, samples = time.monotonic(), 0
+        begun, turns, samples = time.monotonic(), 0, 0
         while not samples or time.monotonic() - begun < seconds:
-            samples += len(self.turn(0, exits))
+            turns, samples = turns + 1, samples + len(self.turn(0, exits))
         self.vm.timing = False
         stats = self.vm.stats - before
         phases = {"kvm": stats.kvm, "native": stats.native, "gil": stats.gil, "python": stats.python}
-        return {phase: round(times.total / samples, 1) if times.count else 0.0 for phase, times in phases.items()}
+        if stats.gil.count <= turns:  # no exit needed Python: only that run() returned when a turn ended
+            del phases["gil"], phases["python"]
+        return dict.fromkeys(("kvm", "native", "gil", "python"), 0.0) | {
+            phase: round(times.total / max(samples, 1), 1) for phase, times in phases.items()}  # fmt: skip
 
 
-def python_handler(vcpu: Vcpu, exit: Exit) -> int | None:
-    """What a handler in Python cannot do without."""
-    return 0 if isinstance(exit, Hypercall) or (isinstance(exit, Io | Mmio) and not exit.is_write) else None
+def take(vcpu: Vcpu, exit: Exit) -> None:
+    """A handler in Python, of writes and faults."""
+
+
+def give(vcpu: Vcpu, exit: Exit) -> int:
+    """A handler in Python, of reads and hypercalls."""
+    return 0
 
 
 def ioctl_loop(times: EntryTimes, fd: int, page: mmap.mmap) -> None:
@@ -317,8 +329,8 @@ def faulting_vm(device: str) -> VM:
             return vm
         vm.close()
         raise Impossible(
-            "no memory that this KVM would report as KVM_EXIT_MEMORY_FAULT: that needs private memory, or a guest_memfd "
-            "in an ordinary VM (Linux 6.18)") from None
+            "no memory that this KVM would report as KVM_EXIT_MEMORY_FAULT: that needs private memory, or a "
+            "guest_memfd in an ordinary VM (Linux 6.18)") from None
     vm.memory.add(REGION, PAGE)  # private, without a guest_memfd
     vm.ioctl(KVM_SET_MEMORY_ATTRIBUTES, struct.pack("<4Q", REGION, PAGE, ATTRIBUTE_PRIVATE, 0))
     return vm

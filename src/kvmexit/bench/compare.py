@@ -1,10 +1,10 @@
 """Two results compared: what differs, how surely, and by how much.
 
-The C loop is compared as it is: it shows whether the machine was the same. All others are compared by their ratio to the
-C loop's turns of the same rounds, so that a machine that is slower as a whole is no difference. Neighbouring turns are not
-independent: they are put together into at most 40 blocks, whose medians are tested (Mann-Whitney, two-sided), and all
-tests are corrected for how many they are (Holm). The size is the difference of the medians with a 95 % interval, and
-Cliff's delta.
+The C loop is compared as it is: it shows whether the machine was the same. All others are compared by their ratio to
+the C loop's turns of the same rounds, so that a machine that is slower as a whole is no difference. Neighbouring turns
+are not independent: they are put together into at most 40 blocks, whose medians are tested (Mann-Whitney, two-sided),
+and all tests are corrected for how many they are (Holm). The size is the difference of the medians with a 95 %
+interval, and Cliff's delta.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ FIGURES = {"p50": 1, "p99": 2}  # of a turn: its place in "turns"
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
-    """-> a row for each cell, way and figure that both have: "cell", "way", "figure", "a", "b" (ns, or ratios to the C
-    loop), "difference" ([b/a - 1, low, high]), "delta", "p" (corrected), "verdict"."""
-    found = []
+    """-> a row for each cell, way and figure that both have.
+
+    "cell", "way", "figure"; "a", "b": ns, or ratios to the C loop; "difference": [b/a - 1, low, high]; "delta", "p"
+    (corrected), "verdict".
+    """
+    found: list[dict[str, Any]] = []
     others = {cell["name"]: cell for cell in b["cells"]}
     for cell in a["cells"]:
-        other = others.get(cell["name"])
-        for way in cell["ways"] if other else ():
+        other = others.get(cell["name"], {"ways": {}})
+        for way in cell["ways"]:
             for figure, place in FIGURES.items() if way in other["ways"] else ():
                 left, right = blocks(series(cell, way, place)), blocks(series(other, way, place))
                 row = {"cell": cell["name"], "way": way, "figure": figure, "a": None, "b": None, "difference": None,

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import NormalDist, median
 
-__all__ = ["histogram", "holm", "mann_whitney", "median_interval", "percentile", "quantile_ratio", "relative_difference"]
+__all__ = ["histogram", "holm", "mann_whitney", "median_interval", "percentile", "quantile_ratio",
+           "relative_difference"]
 
 DRAWS = 400
 SIGNIFICANT_BITS = 8  # of a histogram's values: within 0.4 %
@@ -26,8 +27,10 @@ def histogram(samples: Sequence[int]) -> list[list[int]]:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
-    """The median, and between which two of the values that of all there could be lies, at 95 % (order statistics: the
-    binomial distribution, and nothing assumed of the values). None: fewer than six values do not tell."""
+    """The median, and between which two of the values the true one lies, at 95 %.
+
+    By order statistics: the binomial distribution, and nothing assumed of the values. None: fewer than six do not tell.
+    """
     if len(values) < 6:
         return None
     ordered, n = sorted(values), len(values)
@@ -39,9 +42,13 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float] | Non
     return median(ordered), ordered[low], ordered[n - 1 - low]
 
 
-def quantile_ratio(rounds: Sequence[tuple[Sequence[int], Sequence[int]]], p: float) -> tuple[float, float, float] | None:
-    """The ratio of two percentiles over all rounds, (own, control) each, and what 95 of 100 resamplings of the rounds give:
-    a round's own and control are drawn together. None: fewer than six rounds."""
+def quantile_ratio(
+    rounds: Sequence[tuple[Sequence[int], Sequence[int]]], p: float
+) -> tuple[float, float, float] | None:
+    """The ratio of two percentiles over all rounds, (own, control) each, and what 95 of 100 resamplings give.
+
+    A round's own and control are drawn together. None: fewer than six rounds.
+    """
     if len(rounds) < 6:
         return None
     sides = []
@@ -69,8 +76,11 @@ def quantile_ratio(rounds: Sequence[tuple[Sequence[int], Sequence[int]]], p: flo
 
 
 def mann_whitney(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """-> (p, Cliff's delta): how likely two samples of one distribution differ so much (two-sided, the normal
-    approximation with ties), and how much more often b's values exceed a's than the other way, -1 to 1."""
+    """-> (p, Cliff's delta).
+
+    p: how likely two samples of one distribution differ so much (two-sided, the normal approximation with ties). delta:
+    how much more often b's values exceed a's than the other way, -1 to 1.
+    """
     ordered = sorted([(value, 0) for value in a] + [(value, 1) for value in b])
     n, m, total = len(a), len(b), len(a) + len(b)
     ranks, ties, i = 0.0, 0, 0

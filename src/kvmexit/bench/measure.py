@@ -1,5 +1,8 @@
-"""Measuring: the ways of a cell take turns of a few milliseconds, in another order each round, so that whatever else the
-machine does hits all alike; and what is made of the samples."""
+"""Measuring, and what is made of the samples.
+
+The ways of a cell take turns of a few milliseconds, in another order each round, so that whatever else the machine does
+hits all alike.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,10 @@ Rounds: TypeAlias = "dict[int, array[int]]"  # round -> samples
 
 
 def measure(cells: list[Cell], seconds: float, device: str, tick: Tick) -> dict[str, Any]:
-    """Measure cells, so many seconds each; -> the result, as schema.json has it. tick: called with the share that is done,
-    and a text. Ctrl-C ends it early: what was measured by then is the result."""
+    """Measure cells, so many seconds each; -> the result, as schema.json has it.
+
+    tick: called with the share that is done, and a text. Ctrl-C ends it early: what was measured by then is the result.
+    """
     begun = time.monotonic()
     result: dict[str, Any] = {
         "format": FORMAT, "kvmexit": __version__, "began": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -43,7 +48,11 @@ def measure(cells: list[Cell], seconds: float, device: str, tick: Tick) -> dict[
             tick(i / len(cells), cell.name)
             made = result_of(cell)
             result["cells"].append(made)
-            measure_cell(cell, seconds, device, made, lambda done, i=i, cell=cell: tick((i + done) / len(cells), cell.name))
+
+            def tick_cell(done: float, i: int = i, cell: Cell = cell) -> None:
+                tick((i + done) / len(cells), cell.name)
+
+            measure_cell(cell, seconds, device, made, tick_cell)
     except KeyboardInterrupt:
         result["interrupted"] = True
         result["cells"] = [made for made in result["cells"] if made["impossible"] or made["ways"]]

@@ -9,7 +9,7 @@ from kvmexit.bench.cells import CALLS, KINDS, WAYS
 
 __all__ = ["COLUMNS", "cells_done", "interval", "machine_rows", "microseconds", "rows", "show", "title"]
 
-COLUMNS = ("", "p50", "p90", "p99", "p99.9", "max", "exits/s", "p50 to C", "p99 to C", "samples")
+COLUMNS = ("", "p50", "p90", "p99", "p99.9", "max", "a second", "p50 to C", "p99 to C", "samples")
 WHAT = {
     "pio_out": "OUT to a port", "pio_in": "IN from a port", "mmio_write": "MMIO write", "mmio_read": "MMIO read",
     "hypercall": "hypercall (KVM_HC_MAP_GPA_RANGE)", "memory_fault": "memory fault (KVM_EXIT_MEMORY_FAULT)", **CALLS,
@@ -22,8 +22,8 @@ def show(result: dict[str, Any], file: TextIO) -> None:
     width = max(len(name) for name, _ in machine_rows(result))
     for name, text in machine_rows(result):
         print(f"{name:<{width}}  {text}", file=file)
-    print(f"\nus from one entry into KVM to the next; {result['seconds_a_cell']:g} s a cell, in turns; in brackets 95 % "
-          "intervals", file=file)
+    print("\nTimes in us, from one entry into KVM to the next (of calls: to their return), in turns, "
+          f"{result['seconds_a_cell']:g} s a cell;\n\"to C\": ratio to the C loop, and its 95 % interval", file=file)
     for cell in result["cells"]:
         print(f"\n{cell['name']}: {title(cell)}", file=file)
         if cell["impossible"]:
@@ -32,15 +32,15 @@ def show(result: dict[str, Any], file: TextIO) -> None:
         table = [COLUMNS, *rows(cell)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
-            cells = (f"{text:{'>' if i else '<'}{width}}" for i, (text, width) in enumerate(zip(row, widths, strict=True)))
-            print("    " + "  ".join(cells).rstrip(), file=file)
+            first, *others = (text.rjust(width) for text, width in zip(row, widths, strict=True))
+            print("    " + "  ".join([row[0].ljust(len(first)), *others]).rstrip(), file=file)
     if result["interrupted"]:
         print("\ninterrupted: this is what was measured by then", file=file)
 
 
 def title(cell: dict[str, Any]) -> str:
     """In words."""
-    load = {0: "idle", 1: "beside one busy Python thread"}.get(cell["busy"], f"beside {cell['busy']} busy Python threads")
+    load = {0: "idle", 1: "beside one busy Python thread", 2: "beside two busy Python threads"}[cell["busy"]]
     return f"{WHAT[cell['kind']]}, {load}, {cell['vcpus']} vCPU{'s' if cell['vcpus'] > 1 else ''}"
 
 
@@ -76,7 +76,8 @@ def interval(ratio: list[float] | None) -> str:
 def machine_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """What there is to say of the machine, named."""
     m = result["machine"]
-    nested = f"nested: KVM runs in a VM{' (' + m['hypervisor'] + ')' if m['hypervisor'] else ''}; exits go through the outer one"
+    outer = f" ({m['hypervisor']})" if m["hypervisor"] else ""
+    nested = f"nested: KVM runs in a VM{outer}; what it costs is also the outer one's"
     mitigations = ", ".join(sorted(m["mitigations"])) or "none"
     kvm = ", ".join(f"{name}={value}" if value else name for name, value in m["kvm"].items())
     gil = "" if m["gil"] else ", free-threaded"
@@ -85,7 +86,8 @@ def machine_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("processor", f"{m['cpu'] or 'unknown'}, {m['cores']} cores for this process, SMT {onoff(m['smt'])}"),
         ("virtualisation", nested if m["nested"] else f"bare metal, {m['virtualisation']}"),
         ("frequency", f"governor {m['governor'] or 'not shown'}, turbo {onoff(m['turbo'])}"),
-        ("kernel", f"{m['kernel']} {m['preemption']}, clock {m['clocksource']}, huge pages {m['transparent_hugepages']}"),
+        ("kernel", f"{m['kernel']} {m['preemption']}, clock {m['clocksource']}, huge pages: "
+                   f"{m['transparent_hugepages']}"),
         ("KVM", kvm or "no modules shown"),
         ("mitigations", mitigations),
         ("load", f"{m['load_average']} when it began"),

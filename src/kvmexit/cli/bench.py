@@ -1,10 +1,10 @@
 """`kvmexit bench`: what an exit costs on this machine.
 
-Guests on /dev/kvm exit for ever; who answers are, in turns of a few milliseconds, a C loop around KVM_RUN (the floor, and
-the control of all others), kvmexit with a native handler, kvmexit with a Python handler, and an ioctl loop in Python. A
-sample is the time from one entry into KVM to the next, noted by the same C code for all; ratios are to the C loop's turns
-of the same rounds, with 95 % intervals. About a minute; --full, the whole grid, takes several. docs/performance.md has
-the method, how to read it and how to tune.
+Guests on /dev/kvm exit for ever; who answers are, in turns of a few milliseconds, a C loop around KVM_RUN (the floor,
+and the control of all others), kvmexit with a native handler, kvmexit with a Python handler, and an ioctl loop in
+Python. A sample is the time from one entry into KVM to the next, noted by the same C code for all; ratios are to the C
+loop's turns of the same rounds, with 95 % intervals. About a minute; --full, the whole grid, takes several.
+docs/performance.md has the method, how to read it and how to tune.
 
     kvmexit bench [--quick | --full] [--only PATTERN ...] [--json FILE] [--report FOLDER]
     kvmexit bench --load FILE --report FOLDER       the report of an earlier run
@@ -38,7 +38,8 @@ def add_to(commands: Any) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a second a cell: a look, not a figure to quote")
     size.add_argument("--full", action="store_true", help="every exit, call, load and number of vCPUs")
-    parser.add_argument("--only", action="append", metavar="PATTERN", help="these cells: pio_out, 'mmio_*/idle/1', kick")
+    parser.add_argument("--only", action="append", metavar="PATTERN",
+                        help="these cells: pio_out, 'mmio_*/idle/1', kick; may come again")
     parser.add_argument("--seconds", type=_seconds, help="a cell (8; 1 with --quick, 6 with --full)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--report", type=Path, metavar="FOLDER",
@@ -93,6 +94,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 def load(path: Path, fail: Any) -> dict[str, Any]:
     """A result; wrong usage where the file is none."""
+    result: dict[str, Any] = {}
     try:
         result = json.loads(path.read_text())
         if not isinstance(result, dict) or result.get("format") != 1 or "cells" not in result:

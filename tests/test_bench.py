@@ -43,7 +43,7 @@ def wrong(value, schema=SCHEMA, at="result"):
     if allowed and not any(isinstance(value, types[name]) and (name == "boolean" or not isinstance(value, bool)) for name in allowed):
         return [f"{at}: {value!r:.80} is no {allowed}"]
     found = []
-    if "const" in schema and value != schema["const"] or "enum" in schema and value not in schema["enum"]:
+    if value != schema.get("const", value) or value not in schema.get("enum", [value]):
         found.append(f"{at}: {value!r:.80}")
     if isinstance(value, (int, float)) and value < schema.get("minimum", value):
         found.append(f"{at}: {value} is too small")
@@ -155,8 +155,9 @@ def test_a_turn_has_the_samples_it_was_asked_for(kvm, kind, way):
     with measure.ExitStack() as stack:
         try:
             subject = cells.set_up(stack, cells.Cell(kind, 0, 1), way, "/dev/kvm")
-        except cells.Impossible as impossible:
-            assert kind == "memory_fault", impossible
+        except cells.Impossible:
+            if kind != "memory_fault":
+                raise
             pytest.skip("this kernel has no guest_memfd")
         before = subject.vm.stats.exits
         assert [len(subject.turn(0, exits)) for exits in (1, 50, 7)] == [1, 50, 7]

@@ -86,8 +86,8 @@ def as_html(result: dict[str, Any], svgs: dict[str, str]) -> str:
 
 OVERVIEW = {
     "throughput": ("Exits a second", "All vCPUs together; calls a second where a cell is of calls."),
-    "split": ("Where the time goes", "An exit on average, in us, by kvmexit's own vcpu.timing: measured apart, since it "
-              "costs some itself. Time in KVM includes the guest's, and whatever took the processor away."),
+    "split": ("Where the time goes", "An exit on average, in us, by kvmexit's own vcpu.timing: measured apart, since "
+              "it costs some itself. Time in KVM includes the guest's, and whatever took the processor away."),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from kvmexit._uapi cimport (
     KVM_EXIT_HYPERCALL, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_MEMORY_ATTRIBUTE_PRIVATE,
     KVM_RUN, KVM_SET_MEMORY_ATTRIBUTES, KVMEXIT_REASON_SENTINEL, kvm_memory_attributes, kvm_run,
 )
-from kvmexit._loop import KICK_SIGNAL
+from kvmexit import _loop
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, ...)
@@ -296,7 +296,7 @@ cdef class Kicker:
         """Kick until stop(): for a thread of its own. The GIL is released."""
         cdef Kicking *k = &self.kicking
         cdef kvmexit_vcpu *c = self.vcpu.c
-        cdef int signal = KICK_SIGNAL
+        cdef int signal = _loop.KICK_SIGNAL
         cdef timespec rest
         rest.tv_sec, rest.tv_nsec = 0, REST_NS
         with nogil:

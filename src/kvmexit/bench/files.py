@@ -8,8 +8,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from hdrh.histogram import HdrHistogram
-
 from kvmexit.bench import plots
 from kvmexit.bench.cells import WAYS
 from kvmexit.bench.report import COLUMNS, cells_done, interval, machine_rows, rows, title
@@ -45,8 +43,10 @@ def file_name(cell: dict[str, Any]) -> str:
 # ---- HdrHistogram ----
 
 
-def hdr(own: dict[str, Any]) -> HdrHistogram:
-    """A way's samples, in ns, three digits."""
+def hdr(own: dict[str, Any]) -> Any:
+    """A way's samples as an HdrHistogram: ns, three digits."""
+    from hdrh.histogram import HdrHistogram
+
     made = HdrHistogram(1, LONGEST, 3)
     for ns, count in own["histogram"]:
         made.record_value(min(max(ns, 1), LONGEST), count)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import random
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any
 
 from kvmexit._bench import Gate
 from kvmexit._version import __version__
@@ -30,7 +30,7 @@ SHARE = 0.4  # of a cell's time is each way's at most: beside busy threads the o
 TAIL = 10_000  # samples, from which on there is a p99.9
 
 Tick = Callable[[float, str], None]
-Rounds: TypeAlias = "dict[int, array[int]]"  # round -> samples
+Rounds = dict[int, Sequence[int]]  # round -> samples
 
 
 def measure(cells: list[Cell], seconds: float, device: str, tick: Tick) -> dict[str, Any]:

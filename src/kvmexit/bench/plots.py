@@ -1,14 +1,10 @@
-"""A result's plots, by matplotlib: latency by percentile, throughput, and where time goes."""
+"""A result's plots, by matplotlib, which is imported here alone: latency by percentile, throughput, where time goes."""
 
 from __future__ import annotations
 
 import io
 import re
 from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from kvmexit.bench.cells import WAYS
 from kvmexit.bench.report import cells_done
@@ -28,9 +24,24 @@ STYLE = {
 }  # fmt: skip
 
 
-def plots(result: dict[str, Any]) -> dict[str, Figure]:
+def styled() -> Any:
+    """A context in which plots look like each other."""
+    from matplotlib import rc_context
+
+    return rc_context(STYLE)
+
+
+def figure_of(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of so many inches, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def plots(result: dict[str, Any]) -> dict[str, Any]:
     """All of a result's plots, by file name."""
-    with matplotlib.rc_context(STYLE):
+    with styled():
         cells = cells_done(result)
         made = {f"percentiles-{cell['name'].replace('/', '-')}": percentiles(cell) for cell in cells}
         if rated := [cell for cell in cells if cell["kind"] != "kick"]:  # of kicks it says nothing: they are waited for
@@ -40,10 +51,9 @@ def plots(result: dict[str, Any]) -> dict[str, Figure]:
         return made
 
 
-def percentiles(cell: dict[str, Any]) -> Figure:
+def percentiles(cell: dict[str, Any]) -> Any:
     """Latency by percentile: the further right, the rarer. Both axes are logarithmic."""
-    figure = Figure(figsize=(6.4, 3.1), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = figure_of(6.4, 3.1)
     rarest = 1.0
     for way, own in cell["ways"].items():
         seen, x, y = 0, [], []
@@ -56,21 +66,17 @@ def percentiles(cell: dict[str, Any]) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(1, rarest)
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in TICKS if tick >= rarest]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: TICKS.get(tick, "")))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_minor_locator(FixedLocator([]))
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda us, _: f"{us:,.0f} us" if us < 1000 else f"{us / 1000:,.0f} ms"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks([tick for tick in TICKS if tick >= rarest], [TICKS[tick] for tick in TICKS if tick >= rarest])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter(lambda us, _: f"{us:,.0f} us" if us < 1000 else f"{us / 1000:,.0f} ms")
+    axes.yaxis.set_minor_formatter("")
     axes.legend(loc="upper left")
     return figure
 
 
-def throughput(cells: list[dict[str, Any]]) -> Figure:
+def throughput(cells: list[dict[str, Any]]) -> Any:
     """Exits a second."""
-    figure = Figure(figsize=(8.4, 0.9 + 0.62 * len(cells)), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = figure_of(8.4, 0.9 + 0.62 * len(cells))
     height = 0.2
     for i, (way, name) in enumerate(WAYS.items()):
         rates = [cell["ways"].get(way, {}).get("per_second", 0) for cell in cells]
@@ -82,17 +88,16 @@ def throughput(cells: list[dict[str, Any]]) -> Figure:
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.1)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     figure.legend(loc="outside upper left", ncols=4)
     return figure
 
 
-def split(cells: list[dict[str, Any]]) -> Figure:
+def split(cells: list[dict[str, Any]]) -> Any:
     """Where an exit's time goes in kvmexit's ways: shares of the whole, which stands beside it."""
     bars = [(f"{cell['name']}\n{WAYS[way]}", own["split"])
             for cell in cells for way, own in cell["ways"].items() if own["split"]]  # fmt: skip
-    figure = Figure(figsize=(8.4, 0.9 + 0.42 * len(bars)), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = figure_of(8.4, 0.9 + 0.42 * len(bars))
     for number, (_, parts) in enumerate(bars):
         left, whole = 0.0, sum(parts.values()) or 1.0
         for phase, (name, colour) in PHASES.items():
@@ -112,10 +117,10 @@ def split(cells: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def as_svg(figure: Figure) -> str:
+def as_svg(figure: Any) -> str:
     """A figure as an SVG document, the same for the same figure."""
     file = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return file.getvalue()
 
@@ -129,9 +134,9 @@ def inline(svg: str, prefix: str) -> str:
     return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
 
 
-def as_png(figure: Figure) -> bytes:
+def as_png(figure: Any) -> bytes:
     """A figure as a PNG."""
     file = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure.savefig(file, format="png", dpi=160)
     return file.getvalue()

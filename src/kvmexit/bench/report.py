@@ -86,7 +86,7 @@ def machine_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("processor", f"{m['cpu'] or 'unknown'}, {m['cores']} cores for this process, SMT {onoff(m['smt'])}"),
         ("virtualisation", nested if m["nested"] else f"bare metal, {m['virtualisation']}"),
         ("frequency", f"governor {m['governor'] or 'not shown'}, turbo {onoff(m['turbo'])}"),
-        ("kernel", f"{m['kernel']} {m['preemption']}, clock {m['clocksource']}, huge pages: "
+        ("kernel", f"{m['kernel']} {m['preemption']}".rstrip() + f", clock {m['clocksource']}, huge pages: "
                    f"{m['transparent_hugepages']}"),
         ("KVM", kvm or "no modules shown"),
         ("mitigations", mitigations),

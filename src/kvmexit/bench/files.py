@@ -108,7 +108,8 @@ def heads(result: dict[str, Any]) -> str:
             if ratio := cell["ways"].get(way, {}).get(f"{figure}_to_floor"):
                 value, bounds = escape(interval(ratio)).split()
                 made.append(f"<div class='head {way}'><span class='soft'>{WAYS[way]}: {figure} to C</span>"
-                            f"<b>{value} x</b><span class='soft'>{bounds}<br>{escape(cell['name'])}</span></div>")
+                            f"<b>{value} x</b><span class='soft'>95 %: {bounds.strip('()')}<br>{escape(cell['name'])}"
+                            "</span></div>")
     return "\n".join(made)
 
 

@@ -53,7 +53,7 @@ def plots(result: dict[str, Any]) -> dict[str, Any]:
 
 def percentiles(cell: dict[str, Any]) -> Any:
     """Latency by percentile: the further right, the rarer. Both axes are logarithmic."""
-    figure, axes = figure_of(6.4, 3.1)
+    figure, axes = figure_of(8.4, 3.0)
     rarest = 1.0
     for way, own in cell["ways"].items():
         seen, x, y = 0, [], []
@@ -83,7 +83,8 @@ def throughput(cells: list[dict[str, Any]]) -> Any:
         places = [number + (i - 1.5) * height for number in range(len(cells))]
         axes.barh(places, rates, height * 0.9, color=COLOURS[way], label=name)
         for place, rate in zip(places, rates, strict=True):
-            axes.text(rate, place, f" {rate:,.0f}", va="center", fontsize=7, color="#4b5563")
+            axes.annotate(f"{rate:,.0f}", (rate, place), (4, 0), textcoords="offset points", va="center", fontsize=7,
+                          color="#4b5563")
     axes.set_yticks(range(len(cells)), [cell["name"] for cell in cells])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

@@ -166,6 +166,32 @@ def test_a_turn_has_the_samples_it_was_asked_for(kvm, kind, way):
         assert len(subject.turn(0, 100)) == 0
 
 
+@pytest.mark.parametrize("way", ["floor", "native"])
+def test_an_entry_that_a_signal_ends_is_no_sample(kvm, way):
+    """It goes on with the next: as many exits as samples, and the one that is answered after the kick."""
+    with measure.ExitStack() as stack:
+        subject, made = cells.set_up(stack, cells.Cell("pio_out", 0, 1), way, "/dev/kvm"), []
+        before, entered = subject.vm.stats.exits, subject.cpus[0].retries["eintr"]
+        done, leave = threading.Event(), threading.Event()
+
+        def turn():
+            try:
+                made.append(subject.turn(0, 20_000))
+            finally:
+                done.set()
+                leave.wait()  # a thread that has ended gets no signal
+
+        thread = in_thread(turn)
+        while not done.wait(0.002):
+            signal.pthread_kill(thread.ident, kvmexit.KICK_SIGNAL)
+        leave.set()
+        thread.join()
+        assert len(made[0]) == 20_000
+        if way == "native":
+            assert subject.cpus[0].retries["eintr"] > entered
+            assert subject.vm.stats.exits - before == 20_001
+
+
 def test_vcpus_exit_at_once(kvm):
     """None of them makes its second entry before all have made their first."""
     with measure.ExitStack() as stack, measure.ThreadPoolExecutor(2) as pool:

@@ -69,8 +69,8 @@ def hdr_log(result: dict[str, Any]) -> str:
 
 
 def as_html(result: dict[str, Any], svgs: dict[str, str]) -> str:
-    """One page, which loads nothing; page.html has what is the same in all."""
-    page = Template((Path(__file__).parent / "page.html").read_text())
+    """One page, which loads nothing; page.template has what is the same in all."""
+    page = Template((Path(__file__).parent / "page.template").read_text())
     machine, impossible = result["machine"], [cell for cell in result["cells"] if cell["impossible"]]
     return page.substitute(
         version=escape(result["kvmexit"]), day=result["began"][:10], warm_up=result["warm_up"], heads=heads(result),

@@ -81,6 +81,7 @@ EXPECTED_SKIPS = [
     "needs root to become somebody else",
     "numpy is missing",  # kvmexit does without
     "hypothesis is missing",  # so do tests/sanitize and the lab
+    "kvmexit[bench] is not installed",  # likewise, and tests/freethreaded
     "this kernel has no VM type with private memory",
     "this VM type has private memory",
     "this kernel has no guest_memfd",  # in an ordinary VM

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from kvmexit._version import __version__
-from kvmexit.cli import decode, demo, doctor, trace
+from kvmexit.cli import bench, decode, demo, doctor, trace
 from kvmexit.errors import Error
 
 __all__ = ["main"]
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kvmexit", description="KVM vCPUs at C speed.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, doctor, trace, decode):
+    for command in (demo, doctor, bench, trace, decode):
         command.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:

@@ -83,6 +83,7 @@ def recorded(rng):
         vm.on_pio(0x60, 4, kvmexit.native.Ignore(1))
         vm.on(kvmexit.Exit, lambda vcpu, exit: 1 if getattr(exit, "is_write", True) is False else kvmexit.PASS)
         vcpu = vm.create_vcpu(0, rng.sample(some, rng.randrange(1, len(some))))
+        vcpu.timing = rng.random() < 0.5
         with vcpu.record(folder + "/t", registers=rng.random() < 0.2):
             for _ in range(20):
                 with contextlib.suppress(kvmexit.Error):

@@ -132,13 +132,15 @@ def record(rest, op, flags, entered, left, run_size):
     fill = bytes([rest.take()])
     outside = padded(fill * data) if data else b"".join(padded(fill * span) for span in spans)
     registers = bytes([rest.take()]) * 144 if flags & 32 else b""
-    body = (union + bytes(256))[: words * 8] + outside + registers
+    waited = op & 96 == 32
+    wait = struct.pack("<2Q", entered + rest.take(), left + rest.take()) if waited else b""
+    body = (union + bytes(256))[: words * 8] + outside + registers + wait
     if op & 64:  # a word too many, or too few
         rest.sound = False
         body = body[:-8] if op & 32 else body + bytes(8)
     return struct.pack(HEAD, (40 + len(body)) // 8 | words << 16, 0, OUTCOMES[(flags & 15) % 11], settled, entered,
                        left, 0x1000 if flags & 64 else 2**64 - 1, reason, error, flags & 63,
-                       bool(flags & 128) | flags >> 4 & 2) + body
+                       bool(flags & 128) | flags >> 4 & 2 | waited << 3) + body
 
 
 # ---- what is checked ----
@@ -165,13 +167,16 @@ def check_records(trace, data):
         answer = sum(spans) if pio else sum(len(padded(bytes(span))) for span in spans)
         begin = 40 + words * 8
         ensure(found.answer == (whole[begin : begin + answer] if settled else b""), "another answer")
-        ensure(found.registers == (whole[-144:] if how & 2 else None), "other registers")
+        tail = whole[begin + (len(padded(bytes(pio))) if pio else answer) :]
+        ensure(found.registers == (tail[:144] if how & 2 else None), "other registers")
         ensure((found.errno, found.settled, found.outcome) == (error, settled == 1, NAMES[outcome]), "another record")
         ensure(found.rip == (None if rip == 2**64 - 1 else rip), "another rip")
         ensure((found.cr8, found.if_flag) == (state & 15, state >> 4 & 1), "another head")
-        ensure((found.immediate, found.begun) == (how & 1, how >> 2), "another how")
+        ensure((found.immediate, found.begun) == (how & 1, how >> 2 & 1), "another how")
         begun = header[8]
-        for ns, ticks in ((found.entered_ns, entered), (found.left_ns, left)):
+        ensure((found.waited_ns is not None) == how >> 3, "another wait")
+        waits = zip(found.waited_ns or (), struct.unpack("<2Q", tail[-16:]) if how & 8 else (), strict=True)
+        for ns, ticks in ((found.entered_ns, entered), (found.left_ns, left), *waits):
             since = ((ticks - begun + 2**63) % 2**64 - 2**63) * header[10]
             ensure(abs(ns - max(min(since, 2**63), -(2**63))) <= 1024 + abs(since) / 2**50, "another time")
         if is_exit(error, reason):

@@ -1032,6 +1032,21 @@ def test_numpy_has_the_fixed_part(scripted, tmp_path):
     assert set(rows["vcpu"].tolist()) == {2}
 
 
+def test_numpys_size_of_a_huge_fault_is_all_ones(scripted, tmp_path):
+    """Not the rest of it by 4 GiB, which was 0."""
+    pytest.importorskip("numpy", reason="numpy is missing")
+    vcpu = scripted.create_vcpu(0, [memory_fault(0, size) for size in (PAGE, 1 << 32, (1 << 40) + PAGE)])
+    with vcpu.record(tmp_path / "t"):
+        drive(vcpu)
+    assert kvmexit.load(tmp_path / "t").numpy()["size"][:3].tolist() == [PAGE, 0xFFFF_FFFF, 0xFFFF_FFFF]
+
+
+def test_a_device_is_no_trace():
+    """It may have no end."""
+    with pytest.raises(TraceError, match="/dev/zero is no file"):
+        kvmexit.load("/dev/zero")
+
+
 # ---- those that ship: made by python tests/test_trace.py, in the lab for the storm ----
 
 

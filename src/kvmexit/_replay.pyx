@@ -6,12 +6,13 @@ copied first, so that nobody can change them later. docs/trace.md has the format
 
 import os
 import time
+from stat import S_ISREG
 from typing import NamedTuple
 
 cimport cython
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from libc.errno cimport EBADMSG, EINTR, ENODATA
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
@@ -198,6 +199,8 @@ cdef class Source:
     def __init__(self, path):
         self.path = path
         with open(path, "rb") as file:
+            if not S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise TraceError(f"{path} is no file")  # a device may have no end
             self.data = file.read()
         self.look()
         self.records = self.scan(NULL, 0)
@@ -535,10 +538,10 @@ cdef class Trace:
         """-> a structured array, one element for each record, of its fixed part; needs NumPy.
 
         entered_ns, left_ns, rip (all ones: not shown), address (port, gpa, hypercall number or MSR), data (the first 8 bytes
-        of what was written, or of the answer), size (bytes; of a string instruction all), reason (of a fault without one, as
-        of a return that is no exit, what kvm_run said), vcpu, errno, run_flags, outcome (0 to 5: stats.OUTCOMES and
-        pending; 16 to 20: retried, kick, timeout, pause, drained), is_write, settled, how (1 immediate_exit, 2 with
-        registers, 4 begun, 8 with waited_ns).
+        of what was written, or of the answer), size (bytes; of a string instruction all; all ones: 4 GiB or more), reason
+        (of a fault without one, as of a return that is no exit, what kvm_run said), vcpu, errno, run_flags, outcome (0 to 5:
+        stats.OUTCOMES and pending; 16 to 20: retried, kick, timeout, pause, drained), is_write, settled, how (1
+        immediate_exit, 2 with registers, 4 begun, 8 with waited_ns).
         """
         import numpy
         cdef bytearray rows = bytearray(self.count * sizeof(Row))
@@ -574,7 +577,8 @@ cdef class Trace:
             if row.is_write:
                 memcpy(&row.data, run.mmio.data, min(run.mmio.len, <uint32_t>8))
         elif r.reason == KVM_EXIT_MEMORY_FAULT:
-            row.address, row.size, row.data = run.memory_fault.gpa, <uint32_t>run.memory_fault.size, run.memory_fault.flags
+            row.address, row.data = run.memory_fault.gpa, run.memory_fault.flags
+            row.size = <uint32_t>min(run.memory_fault.size, <uint64_t>UINT32_MAX)
         elif r.reason == KVM_EXIT_HYPERCALL:
             row.address, row.size = run.hypercall.nr, 8
         elif r.reason == KVM_EXIT_X86_RDMSR or r.reason == KVM_EXIT_X86_WRMSR:

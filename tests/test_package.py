@@ -125,6 +125,7 @@ def example(name, number):
     return compile(re.findall(r"```python\n(.*?)```", path.read_text(), re.S)[number], f"{name}, example {number}", "exec")
 
 
+@pytest.mark.off_main  # one counts records
 @pytest.mark.parametrize(
     ("name", "number", "needs"), [
     ("README.md", 0, "kvm"), ("README.md", 1, "private_vm"), ("docs/memory.md", 0, "kvm"), ("docs/memory.md", 1, "scripted"),

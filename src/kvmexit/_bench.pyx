@@ -67,6 +67,7 @@ cdef extern from * nogil:
     }
     """
     uint32_t kvmexit_see(uint32_t *)
+    uint8_t kvmexit_see_byte "kvmexit_see"(uint8_t *)
     void kvmexit_show(uint32_t *, uint32_t)
     void kvmexit_show_byte "kvmexit_show"(uint8_t *, uint8_t)
     void kvmexit_arrive(uint32_t *)
@@ -323,7 +324,11 @@ ctypedef int (*Call)(kvmexit_vcpu *, const kvmexit_api *, size_t) noexcept nogil
 
 
 cdef int enter_raw(kvmexit_vcpu *c, const kvmexit_api *api, size_t i) noexcept nogil:
-    cdef int error = 0 if ioctl(c.fd, KVM_RUN, 0) == 0 else -errno
+    cdef int error = -EINTR
+    while error == -EINTR:
+        error = 0 if ioctl(c.fd, KVM_RUN, 0) == 0 else -errno
+        if kvmexit_see_byte(&c.run.immediate_exit):
+            break  # else a signal that is no kick's: a tick, say
     kvmexit_show_byte(&c.run.immediate_exit, 0)
     return 0 if error == -EINTR else error
 

@@ -380,12 +380,15 @@ class NoEntries(Subject):
         self.enter()
 
     def enter(self) -> None:
-        try:
-            fcntl.ioctl(self.vcpu.fd, KVM_RUN)
-        except InterruptedError:
-            self.page[1] = 0
-        else:
-            raise Error("KVM_RUN came back by itself in the middle of a measurement")
+        while True:
+            try:
+                fcntl.ioctl(self.vcpu.fd, KVM_RUN)
+            except InterruptedError:
+                if self.page[1]:
+                    break  # else a signal that is no kick's
+            else:
+                raise Error("KVM_RUN came back by itself in the middle of a measurement")
+        self.page[1] = 0
 
 
 class Kicks(NoEntries):

@@ -390,6 +390,15 @@ def test_a_ring_that_lies_is_not_followed(scripted, log, image):
     assert log.count == 0
 
 
+@pytest.mark.parametrize("length", [0, 9, 16, PAGE, PAGE + 1, 2**32 - 1])
+def test_no_length_reads_beyond_an_entry(scripted, log, length):
+    """Also in a zone that is large enough for it."""
+    scripted.coalesce_mmio(GPA, PAGE, log.handler)
+    vcpu = scripted.create_vcpu(0, [after(ring((GPA, b"a", 0, length)).ljust(PAGE, b"\0"))])
+    assert isinstance(vcpu.run(), kvmexit.Hlt)
+    assert log.count == 0
+
+
 def test_no_ring_can_do_harm(scripted, log):
     """Random pages: whatever the handler is called with lies in its zone."""
     scripted.coalesce_mmio(GPA, 8, log.handler)

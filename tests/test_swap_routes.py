@@ -79,6 +79,20 @@ def test_one_in_another_is_part_of_it(scripted):
     assert ports_taken(scripted, 0x80, 0x81, 0x82, 0x83) == [0x81, 0x83]
 
 
+def test_blocks_that_end_out_of_order_lose_nothing(scripted):
+    """As two coroutines' do: each comes into force at its own end, and afterwards changes come at once again."""
+    first, second = scripted.swap_routes(), scripted.swap_routes()
+    first.__enter__()
+    scripted.on_pio(0x80, 1, native.Ignore())
+    second.__enter__()
+    scripted.on_pio(0x81, 1, native.Ignore())
+    first.__exit__(None, None, None)
+    assert ports_taken(scripted, 0x80, 0x81) == [0x80]
+    second.__exit__(None, None, None)
+    scripted.on_pio(0x82, 1, native.Ignore())
+    assert ports_taken(scripted, 0x80, 0x81, 0x82) == [0x80, 0x81, 0x82]
+
+
 def test_the_order_is_that_of_the_calls(scripted):
     """Of equals the newest first, as ever."""
     asked = []

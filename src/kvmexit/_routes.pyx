@@ -261,7 +261,9 @@ cdef class RouteSwap:
 
     cdef object _vm
     cdef dict _swaps
-    cdef object _thread, _outer
+    cdef object _thread
+    cdef RouteSwap _outer
+    cdef bint _open
     cdef dict _added  # in order
     cdef set _removed
 
@@ -280,15 +282,23 @@ cdef class RouteSwap:
         self._added, self._removed, self._thread = {}, set(), PyThread_get_thread_ident()
         self._outer = self._swaps.get(self._thread)
         self._swaps[self._thread] = self
+        self._open = True
         return self
 
     def __exit__(self, kind, value, traceback):
-        if self._outer is None:
-            del self._swaps[self._thread]
-        else:
-            self._swaps[self._thread] = self._outer
-        if kind is None and (self._added or self._removed):
-            self._vm._change_entries(self._added, self._removed)
+        cdef RouteSwap outer = self._outer
+        self._open = False
+        while outer is not None and not outer._open:  # it ended before this one, as in coroutines
+            outer = outer._outer
+        if self._swaps.get(self._thread) is self:
+            if outer is None:
+                del self._swaps[self._thread]
+            else:
+                self._swaps[self._thread] = outer
+        if kind is None and outer is not None:
+            outer._note(self._added, self._removed)
+        elif kind is None and (self._added or self._removed):
+            self._vm._swap_entries(self._added, self._removed)
 
 
 @cython.final

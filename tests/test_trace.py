@@ -1041,10 +1041,12 @@ def test_numpys_size_of_a_huge_fault_is_all_ones(scripted, tmp_path):
     assert kvmexit.load(tmp_path / "t").numpy()["size"][:3].tolist() == [PAGE, 0xFFFF_FFFF, 0xFFFF_FFFF]
 
 
-def test_a_device_is_no_trace():
-    """It may have no end."""
-    with pytest.raises(TraceError, match="/dev/zero is no file"):
-        kvmexit.load("/dev/zero")
+def test_devices_and_pipes_are_no_traces(tmp_path):
+    """They may have no end, or no beginning."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        with pytest.raises(TraceError, match=f"{path} is no file"):
+            kvmexit.load(path)
 
 
 # ---- those that ship: made by python tests/test_trace.py, in the lab for the storm ----

@@ -198,9 +198,9 @@ cdef class Source:
 
     def __init__(self, path):
         self.path = path
+        if not S_ISREG(os.stat(path).st_mode):
+            raise TraceError(f"{path} is no file")  # a device may have no end, and a pipe no beginning
         with open(path, "rb") as file:
-            if not S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise TraceError(f"{path} is no file")  # a device may have no end
             self.data = file.read()
         self.look()
         self.records = self.scan(NULL, 0)

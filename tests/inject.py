@@ -1,7 +1,7 @@
 """Every system call that an operation makes, failed in turn with each errno: what is left must be as it was.
 
     python tests/inject.py             prints the table of what was tried; tests/test_inject.py runs it
-    python tests/inject.py --private   that of private memory, on a kernel that has it: lab/run
+    python tests/inject.py --private   that of private memory, on a kernel that has it: lab/run, and more than ten minutes there
 
 On the real /dev/kvm, with tests/inject.c preloaded (it sees to that itself). For each operation and kind of call: the first
 call fails, then, all made anew, the second, ... until the operation makes no more of them.

@@ -686,8 +686,9 @@ cdef int rebind(Backend *b, Region *r, uint64_t gpa, uint64_t size, bint private
 cdef class RecordedAttributes(AttributesBackend):
     """For tests: notes what it is asked, changes nothing, and fails where told. What a ScriptedVM uses unless given another.
 
-    failures: {number of the call, counted from 1: errno}. chunk: the most bytes of one call, a power of two from 4096 on;
-    with the failures it leaves conversions half done wherever a test wants them so. A real backend's is 64 MiB.
+    failures: {number of the call, counted from 1: errno}. chunk: the most bytes of a conversion that
+    come in one call, a power of two from 4096 on; with the failures it leaves conversions half done wherever a test wants
+    them so. A real backend's is 64 MiB. (What memory.remove() makes shared comes as it lies.)
     Raises ValueError.
     """
 

@@ -82,6 +82,8 @@ EXPECTED_SKIPS = [
     "numpy is missing",  # kvmexit does without
     "hypothesis is missing",  # so do tests/sanitize and the lab
     "kvmexit[bench] is not installed",  # likewise, and tests/freethreaded
+    "iced-x86 is not installed",  # likewise, with kvmexit[faults]
+    "this kernel has no userfaultfd",
     "this kernel has no VM type with private memory",
     "this VM type has private memory",
     "this kernel has no guest_memfd",  # in an ordinary VM

@@ -62,6 +62,14 @@ def is_short(state: State, code: bytes) -> bool:
     return len(code) < LONGEST and decoder.last_error == iced_x86.DecoderError.NO_MORE_BYTES
 
 
+def length(state: State, code: bytes) -> int:
+    """The bytes of the instruction that these begin with; 0 where they are none."""
+    import iced_x86
+
+    instruction = iced_x86.Decoder(state.bits, code, ip=state.regs["rip"]).decode()
+    return 0 if instruction.code == iced_x86.Code.INVALID else int(instruction.len)
+
+
 def decode(state: State, code: bytes) -> Decoded:
     """What the instruction that these bytes begin with touches, in the order in which it does, more or less."""
     import iced_x86

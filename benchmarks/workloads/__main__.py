@@ -42,18 +42,16 @@ def figures(workload: Any, found: dict[str, list[Any]]) -> dict[str, Any]:
     ways: dict[str, Any] = {}
     us = {name: [turn.seconds / workload.units * 1e6 for turn in turns] for name, turns in found.items()}
     control = next(iter(us), None)
-    base = us.get(workload.base, [0.0] * len(next(iter(us.values()), [])))
     for name, way in workload.ways.items():
         if isinstance(way, str):
             ways[name] = {"skipped": way}
             continue
-        rounds = zip(us[name], us[control], base, strict=True)
-        ratios = [(own - rest) / (floor - rest) for own, floor, rest in rounds]
+        ratios = [own / floor for own, floor in zip(us[name], us[control], strict=True)]
         interval = median_interval(ratios)
         ways[name] = {"us": us[name], "p50": median(us[name]), "max": max(us[name]), "exits": found[name][0].exits,
                       "to_control": median(ratios), "interval": interval and interval[1:]}  # fmt: skip
     return {"title": workload.title, "on": workload.on, "unit": workload.unit, "units": workload.units,
-            "control": control, "base": workload.base, "ways": ways}  # fmt: skip
+            "control": control, "ways": ways}  # fmt: skip
 
 
 def table(made: dict[str, Any], rounds: int) -> str:
@@ -61,8 +59,7 @@ def table(made: dict[str, Any], rounds: int) -> str:
     head = f"us {'an exit' if made['unit'] == 'exit' else 'a page'}"
     lines = [f"{made['title']}; on {made['on']}",
              f"{rounds} rounds of {made['units']:,} {made['unit']}s",
-             f"{head:<24}{'p50':>10}{'max':>10}{'exits':>10}   to {made['control']} (95 %)"
-             + (f", both without {made['base']}" if made["base"] else "")]  # fmt: skip
+             f"{head:<24}{'p50':>10}{'max':>10}{'exits':>10}   to {made['control']} (95 %)"]  # fmt: skip
     for name, way in made["ways"].items():
         if "skipped" in way:
             lines.append(f"{name:<24}   skipped: {way['skipped']}")
@@ -94,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from kvmexit.bench.machine import describe
 
-    print(f"{machine()}; load {os.getloadavg()[0]:.1f}")
+    print(f"{machine()}; load {os.getloadavg()[0]:.1f}", flush=True)
     result = {"machine": describe("/dev/kvm"), "share": options.share, "workloads": {}}
     for name in only:
         workload = importlib.import_module(name).make(options.share)
@@ -104,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: a wrong answer: {wrong}", file=sys.stderr)
             return 1
         result["workloads"][name] = made
-        print(f"\n{name}: {table(made, options.rounds)}")
+        print(f"\n{name}: {table(made, options.rounds)}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

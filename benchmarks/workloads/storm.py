@@ -36,7 +36,6 @@ from kvmexit.bench.cells import private_vm
 from kvmexit.testing import ScriptedVM, memory_fault, pio_out
 
 PAGES, WINDOW = 8192, 512
-BASE = "nothing to convert"  # the walk alone: each page is a fault that KVM resolves, whatever was converted
 
 
 def make(share: float = 1.0) -> Workload:
@@ -50,10 +49,10 @@ def make(share: float = 1.0) -> Workload:
         "window of 2 MiB": needs_c or partial(storm, list(range(0, pages, WINDOW)), window),
         "adaptive": needs_c or partial(storm, ahead(pages), {"adaptive": True}),
         "Python handler, a page": partial(storm, list(range(pages)), None),
-        BASE: "a script's guest does not walk" if scripted else partial(storm, [], None),
+        "the walk alone": "a script's guest does not walk" if scripted else partial(storm, [], None),
     }
     return Workload(f"a storm of conversions: {pages:,} pages, one after the other", converting_on(scripted), "page",
-                    pages, ways, "" if scripted else BASE)  # fmt: skip
+                    pages, ways)  # fmt: skip
 
 
 def ahead(pages: int) -> list[int]:

@@ -414,8 +414,7 @@ class Workload(NamedTuple):
     """What __main__.py measures: ways to do the same, the first of those that can be done being the control.
 
     on: what runs it: this machine's KVM, or what stands in for it, and why. unit: what the time is divided by, of
-    which there are `units`. ways: by name what does it once and checks it; or why this machine cannot. base: the way
-    that does only what all others do besides; ratios are without its time.
+    which there are `units`. ways: by name what does it once and checks it; or why this machine cannot.
     """
 
     title: str
@@ -423,7 +422,6 @@ class Workload(NamedTuple):
     unit: str
     units: int
     ways: Ways
-    base: str = ""
 
 
 def ways_of(job: Job) -> Ways:

@@ -1,6 +1,6 @@
 """Instructions an exit, counted by callgrind: what is too small for a clock, and the same on a busy machine.
 
-    python benchmarks/instructions.py                         all cells, two minutes
+    python benchmarks/instructions.py                         all cells, two to four minutes
     python benchmarks/instructions.py -k python --functions   those with "python" in their name, and where it goes
     python benchmarks/instructions.py --json a.json           a result to keep
     python benchmarks/instructions.py --compare a.json        what differs from it by 1 % (--effect) or more
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-EXITS = 2000
+EXITS, WARM = 5000, 100
 ALLOCATORS = {"malloc", "calloc", "realloc"}
 
 
@@ -45,7 +45,7 @@ class Profile(NamedTuple):
 
 
 def serve(build: str, exits: int, names: list[str]) -> None:
-    """Go each way of each cell, once for the caches, then `exits` and twice as many, with a dump after each."""
+    """Go each way of each cell: a few exits for the caches, `exits`, and twice as many; with a dump after each."""
     import gc
 
     from cells import all_cells
@@ -60,7 +60,7 @@ def serve(build: str, exits: int, names: list[str]) -> None:
             for way in ("control", "measured"):
                 make, go = getattr(cell, way)
                 for times in (0, 1, 2):
-                    made = make(exits * max(times, 1))
+                    made = make(exits * times or WARM)
                     control.begin_count()
                     go(made)
                     control.end_count(f"{name}|{way}|{times}".encode())

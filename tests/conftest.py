@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import sys
 import sysconfig
 
@@ -82,6 +83,8 @@ EXPECTED_SKIPS = [
     "numpy is missing",  # kvmexit does without
     "hypothesis is missing",  # so do tests/sanitize and the lab
     "kvmexit[bench] is not installed",  # likewise, and tests/freethreaded
+    "pyperf is missing",  # kvmexit[benchmarks]: .ci/run's benchmarks have it
+    *([] if shutil.which("valgrind") else ["valgrind is missing"]),
     "this kernel has no VM type with private memory",
     "this VM type has private memory",
     "this kernel has no guest_memfd",  # in an ordinary VM

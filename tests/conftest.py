@@ -46,6 +46,12 @@ def vm(kvm):
 
 
 @pytest.fixture
+def iced():
+    """iced-x86, which decodes a guest's instructions; skips without it."""
+    pytest.importorskip("iced_x86", reason="iced-x86 is not installed")
+
+
+@pytest.fixture
 def private_vm(kvm):
     """A VM that has private memory."""
     try:

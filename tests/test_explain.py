@@ -22,12 +22,6 @@ from kvmexit.faults._tables import walk
 from kvmexit.testing import failure, hlt, memory_fault, mmio_read, mmio_write, spin
 
 
-@pytest.fixture
-def iced():
-    """The decoder; skips without it."""
-    pytest.importorskip("iced_x86", reason="iced-x86 is not installed")
-
-
 # ---- real guests: 64-bit code at CPL 3 ----
 
 

@@ -47,6 +47,12 @@ def vm(kvm):
 
 
 @pytest.fixture
+def iced():
+    """iced-x86, which decodes a guest's instructions; skips without it."""
+    pytest.importorskip("iced_x86", reason="iced-x86 is not installed")
+
+
+@pytest.fixture
 def private_vm(kvm):
     """A VM that has private memory."""
     try:
@@ -85,6 +91,8 @@ EXPECTED_SKIPS = [
     "kvmexit[bench] is not installed",  # likewise, and tests/freethreaded
     "pyperf is missing",  # kvmexit[benchmarks]: .ci/run's benchmarks have it
     *([] if shutil.which("valgrind") else ["valgrind is missing"]),
+    "iced-x86 is not installed",  # likewise, with kvmexit[faults]
+    "this kernel has no userfaultfd",
     "this kernel has no VM type with private memory",
     "this VM type has private memory",
     "this kernel has no guest_memfd",  # in an ordinary VM

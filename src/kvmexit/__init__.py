@@ -1,6 +1,7 @@
 """KVM vCPUs at C speed: exits decoded and answered in native code, Python called for what is left."""
 
 import os
+from typing import TYPE_CHECKING
 
 from kvmexit import handlers, native, stats, testing, x86
 from kvmexit._coalesced import CoalescedZone
@@ -73,6 +74,19 @@ from kvmexit._vm import VM, AdoptedSlot, VMType
 from kvmexit.errors import ConversionError, Error, FaultLoopError, KvmError, NotPendingError, TraceError, VcpuBusyError
 from kvmexit.handlers import PASS, STOP
 from kvmexit.stats import Histogram, LastExit, Stats
+
+if TYPE_CHECKING:
+    from kvmexit import faults as faults
+else:
+
+    def __getattr__(name):
+        """kvmexit.faults is imported when it is first asked for: it takes half as long as all the rest."""
+        if name != "faults":
+            raise AttributeError(f"module 'kvmexit' has no attribute {name!r}")
+        import importlib
+
+        return importlib.import_module("kvmexit.faults")
+
 
 __all__ = [
     "KICK_SIGNAL",

@@ -4,7 +4,9 @@ from typing import Any, Literal, NamedTuple, Never, TypeAlias, final
 
 from typing_extensions import disjoint_base
 
+from kvmexit._loop import Vcpu
 from kvmexit._memory import Slot
+from kvmexit.faults import Explanation
 
 _Data: TypeAlias = bytes | bytearray | memoryview
 _Two: TypeAlias = tuple[int, int]
@@ -126,6 +128,7 @@ class Mmio(Exit):
     def data(self, value: int | _Data) -> None: ...
     @property
     def slot(self) -> Slot | None: ...
+    def explain(self, vcpu: Vcpu) -> Explanation: ...
 
 @final
 class Hypercall(Exit):
@@ -155,6 +158,7 @@ class MemoryFault(Exit):
     @property
     def private(self) -> bool: ...
     def decode_draft(self) -> DraftMemoryFault: ...
+    def explain(self, vcpu: Vcpu) -> Explanation: ...
 
 @final
 class UnexplainedFault(Exit):
@@ -163,6 +167,7 @@ class UnexplainedFault(Exit):
     def reason(self) -> None: ...
     @property
     def rip(self) -> int | None: ...
+    def explain(self, vcpu: Vcpu) -> Explanation: ...
 
 @final
 class Hlt(Exit): ...

@@ -427,6 +427,10 @@ cdef class Mmio(Exit):
     def slot(self):
         return self.slot_
 
+    def explain(self, vcpu):
+        """Why the access did not go to the slot: -> kvmexit.faults.Explanation; as UnexplainedFault.explain()."""
+        return vcpu._explain(self)
+
 
 @cython.final
 cdef class Hypercall(Exit):
@@ -478,6 +482,10 @@ cdef class MemoryFault(Exit):
         cdef uint32_t flags = <uint32_t>run.memory_fault.flags
         return DraftMemoryFault(run.memory_fault.gpa, run.memory_fault.size, flags, bool(flags & 1))
 
+    def explain(self, vcpu):
+        """Why KVM cannot map the page: -> kvmexit.faults.Explanation; as UnexplainedFault.explain()."""
+        return vcpu._explain(self)
+
 
 @cython.final
 cdef class UnexplainedFault(Exit):
@@ -496,6 +504,13 @@ cdef class UnexplainedFault(Exit):
     @property
     def rip(self):
         return self.rip_
+
+    def explain(self, vcpu):
+        """Which page it is, and what to do about it: -> kvmexit.faults.Explanation, as kvmexit.faults.explain(vcpu).
+
+        vcpu: the one that it is from, which has not been entered since; NotPendingError otherwise.
+        """
+        return vcpu._explain(self)
 
 
 @cython.final

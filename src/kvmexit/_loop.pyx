@@ -47,7 +47,7 @@ from kvmexit._vm cimport VM
 from kvmexit import errors
 from kvmexit._ioctl import generic_ioctl
 from kvmexit._vm import VMType
-from kvmexit.errors import Error, FaultLoopError, KvmError, VcpuBusyError
+from kvmexit.errors import Error, FaultLoopError, KvmError, NotPendingError, VcpuBusyError
 from kvmexit.handlers import PASS, STOP
 from kvmexit.stats import as_text
 
@@ -644,6 +644,13 @@ cdef class Vcpu:
         except KvmError:
             return None
         return self.page.c.run.s.regs.regs.rip
+
+    def _explain(self, Exit e not None):
+        """Exit.explain() of one that this vCPU has not gone on from."""
+        if e.page is not self.page or not e.is_current():
+            raise NotPendingError(f"{e!r} is not what {self!r} stands at: another vCPU's, or it has been re-entered since")
+        from kvmexit.faults import explain
+        return explain(self)
 
     @cython.nonecheck(False)
     cdef Outcome dispatch(self, Exit e, bint drain) except? FAILED:

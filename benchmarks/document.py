@@ -44,7 +44,8 @@ def measured() -> dict:
     """-> a result."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
-        subprocess.run([sys.executable, "-m", "kvmexit", "bench", "--json", path], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "kvmexit", "bench", "--json", path]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return json.loads(path.read_text())
 
 

@@ -8,7 +8,7 @@ A round is a process of each revision. The two take turns, pass by pass, a fract
 machine's clock hits both alike; the round's ratio is the median of the passes'. Another round has other addresses, and
 these alone are worth some percent. A difference is one that the rounds show (Wilcoxon's signed ranks, corrected for the
 number of cells, Holm) and that is at least --effect; the exit status is 1 where one of more than --fail makes B slower.
-The cells and what is measured are this file's and test_dispatch.py's for both.
+The cells and what is measured are this file's and cells.py's for both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PLANTED = "static inline void kvmexit_remember(struct kvmexit_stats *s, const st
 def serve(folder: str) -> None:
     """Time a pass of each cell that is asked for, a line each: ns an exit, or "none" where this revision cannot."""
     sys.path.insert(0, str(HERE))
-    from test_dispatch import with_handler
+    from cells import with_handler
 
     import kvmexit
     from kvmexit import native
@@ -52,9 +52,9 @@ def serve(folder: str) -> None:
         try:
             if cell not in made:
                 handler = None if way == "python" else native.Ignore()
-                made[cell] = with_handler(kind, handler, exits=EXITS, timing=way == "timing")
+                made[cell] = with_handler(kind, handler, timing=way == "timing")
             make, run = made[cell]
-            vcpu = make()
+            vcpu = make(EXITS)
             begun = time.perf_counter_ns()
             run(vcpu)
             print((time.perf_counter_ns() - begun) / EXITS, flush=True)

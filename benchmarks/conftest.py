@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from statistics import median
 
 import pytest
+from cells import EXITS
 from common import build_control, machine, percentile
 
-EXITS, PASSES = 20_000, 60
+PASSES = 60
 ROWS = pytest.StashKey[list]()
 
 
@@ -20,38 +22,36 @@ def control():
 
 @pytest.fixture
 def beside(benchmark, request):
-    """A function of (control, measured, goal=None) that times what is measured, and its control before each pass.
+    """A function that times a cell, its control before each pass. vcpus: so many take `exits` exits each, at once."""
 
-    Both are a function that makes a vCPU about to give out EXITS exits, and one that takes it to their end. goal:
-    ("above", ns an exit over the control), or ("all", ns an exit).
-    """
-
-    def timed(way):
-        make, go = way
-        vcpu = make()
-        begun = time.perf_counter_ns()
-        go(vcpu)
-        return (time.perf_counter_ns() - begun) / EXITS
-
-    def beside(control, measured, goal=None):
+    def beside(cell, exits=EXITS, vcpus=1):
         controls = []
-        make, go = measured
+        make, go = cell.measured
+
+        def timed(way):
+            made = way.make(exits)
+            begun = time.perf_counter_ns()
+            way.go(made)
+            return (time.perf_counter_ns() - begun) / exits
 
         def setup():
-            controls.append(timed(control))
-            return (make(),), {}
+            controls.append(timed(cell.control))
+            return (make(exits),), {}
 
-        timed(measured)  # once for the caches
+        timed(cell.measured)  # once for the caches
         benchmark.pedantic(go, setup=setup, rounds=PASSES)
-        ns = [seconds * 1e9 / EXITS for seconds in benchmark.stats.stats.data]
+        ns = [seconds * 1e9 / exits for seconds in benchmark.stats.stats.data]
         row = {
             "ns": median(ns), "p99": percentile(ns, 0.99), "max": max(ns), "control": median(controls),
             "control_p99": percentile(controls, 0.99),
             "above": median([mine - its for mine, its in zip(ns, controls[-len(ns):], strict=True)]),
         }
         row["ratio"] = row["ns"] / row["control"]
-        if goal:
-            row["goal"], row["met"] = f"{goal[0]} <= {goal[1]}", row["above" if goal[0] == "above" else "ns"] <= goal[1]
+        if cell.goal:
+            which, most = cell.goal
+            row["goal"], row["met"] = f"{which} <= {most}", row["above" if which == "above" else "ns"] <= most
+        row["a_second"], row["control_a_second"] = vcpus * 1e9 / row["ns"], vcpus * 1e9 / row["control"]
+        row["vcpus"] = vcpus
         benchmark.extra_info.update(row)
         request.config.stash.setdefault(ROWS, []).append((request.node.name.removeprefix("test_"), row))
 
@@ -65,9 +65,11 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     write = terminalreporter.write_line
     terminalreporter.section(f"ns an exit: medians of {PASSES} passes of {EXITS:,} exits, in turns with the control")
-    write(machine())
+    write(f"{machine()}, {os.cpu_count()} processors")
     write(f"{'':<34}{'p50':>7}{'p99':>7}{'max':>7}{'control':>9}{'p99':>7}{'above':>8}{'ratio':>7}  goal")
     for name, row in rows:
         goal = f"  {row['goal']}: {'met' if row['met'] else 'missed'}" if "goal" in row else ""
+        if row["vcpus"] > 1:
+            goal = f"  {row['a_second'] / 1e6:.1f} million a second in all, control {row['control_a_second'] / 1e6:.1f}"
         write(f"{name:<34}{row['ns']:>7.0f}{row['p99']:>7.0f}{row['max']:>7.0f}{row['control']:>9.0f}"
               f"{row['control_p99']:>7.0f}{row['above']:>8.1f}{row['ratio']:>7.2f}{goal}")

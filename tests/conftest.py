@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import sys
 import sysconfig
 
@@ -46,6 +47,12 @@ def vm(kvm):
 
 
 @pytest.fixture
+def iced():
+    """iced-x86, which decodes a guest's instructions; skips without it."""
+    pytest.importorskip("iced_x86", reason="iced-x86 is not installed")
+
+
+@pytest.fixture
 def private_vm(kvm):
     """A VM that has private memory."""
     try:
@@ -82,6 +89,8 @@ EXPECTED_SKIPS = [
     "numpy is missing",  # kvmexit does without
     "hypothesis is missing",  # so do tests/sanitize and the lab
     "kvmexit[bench] is not installed",  # likewise, and tests/freethreaded
+    "pyperf is missing",  # kvmexit[benchmarks]: .ci/run's benchmarks have it
+    *([] if shutil.which("valgrind") else ["valgrind is missing"]),
     "iced-x86 is not installed",  # likewise, with kvmexit[faults]
     "this kernel has no userfaultfd",
     "this kernel has no VM type with private memory",

@@ -430,7 +430,7 @@ def test_cs_run_beside_pythons_is_refused(scripted, begin):
     until(lambda: scripted.script(vcpu).entries)
     assert begin(vcpu).end() == -errno.EBUSY
     vcpu.kick()
-    thread.join(10)
+    thread.join(40)
     assert begin(vcpu).end() == EXIT
 
 
@@ -524,7 +524,7 @@ def test_a_native_handler_is_waited_for(scripted, tmp_path_factory, begin):
     assert done == []
     words[1] = 1
     for thread in threads:
-        thread.join(10)
+        thread.join(40)
     assert sorted(done) == ["pause", "remove"]
     scripted.resume()
     vcpu.kick()

@@ -5,6 +5,7 @@ tested. A page is 0xa5 wherever a case says nothing, so a field that is read too
 """
 
 import errno
+import os
 import struct
 import sysconfig
 import weakref
@@ -15,7 +16,7 @@ from processes import off_main
 
 import kvmexit
 from kvmexit import ExitReason
-from kvmexit.testing import ScriptStep, hlt, memory_fault, mmio_read, mmio_write, pio_in, pio_out
+from kvmexit.testing import ScriptStep, hlt, hypercall, memory_fault, mmio_read, mmio_write, pio_in, pio_out
 
 UNION = 32  # where the union begins in kvm_run
 UNION_SIZE = 256
@@ -913,6 +914,24 @@ def test_answer_after_re_entry_is_refused(scripted, reply):
         setattr(second, answer.field, answer.value)
     vcpu.run()
     assert scripted.script(vcpu).left(1)[0] == (answer.left() if case.owes else case.payload)
+
+
+@pytest.mark.parametrize(("step", "name"), [(pio_in(0x80), "data"), (hypercall(12), "ret")])
+def test_a_forked_child_answers_nothing(scripted, step, name):
+    """Its store would reach the parent's vCPU."""
+    vcpu = scripted.create_vcpu(0, [step, hlt()])
+    exit = vcpu.run()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            setattr(exit, name, 5)
+        except kvmexit.Error as error:
+            os._exit(7 if "belongs to process" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    setattr(exit, name, 6)
+    assert getattr(exit, name) == (b"\6" if name == "data" else 6)
+    assert isinstance(vcpu.run(), kvmexit.Hlt)
 
 
 def test_answer_after_a_failed_entry(scripted):

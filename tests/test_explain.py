@@ -7,6 +7,7 @@ import random
 import struct
 import sys
 import threading
+import types
 from typing import NamedTuple
 
 import explain_matrix as matrix
@@ -21,25 +22,17 @@ from kvmexit.faults._state import State
 from kvmexit.faults._tables import walk
 from kvmexit.testing import failure, hlt, memory_fault, mmio_read, mmio_write, spin
 
-
-@pytest.fixture
-def iced():
-    """The decoder; skips without it."""
-    pytest.importorskip("iced_x86", reason="iced-x86 is not installed")
-
-
 # ---- real guests: 64-bit code at CPL 3 ----
 
 
 def test_the_matrix_of_instructions_and_causes(kvm, iced):
-    """At least 95 % right and certain, and never wrong and certain."""
+    """Each is right and certain. A fault that comes as another exit, or is none, is none to explain: but they are few."""
     found = list(matrix.results(CASES[:: max(1, int(1 / STRESS)) if STRESS < 1 else 1]))
     print(matrix.table(found))
     explained = [result for result in found if result.said is not None]
+    assert [result for result in explained if not (result.said.certain and result.right)] == []
     assert len(explained) >= 0.9 * len(found)
-    assert [result for result in explained if result.said.certain and not result.right] == []
-    assert sum(result.said.certain for result in explained) >= 0.95 * len(explained)
-    assert len(explained) >= 40 or STRESS < 1
+    assert len({result.case.name for result in explained}) >= 40 or STRESS < 1
 
 
 def test_what_is_named_is_what_repairs_the_fault(vm, iced):
@@ -475,6 +468,141 @@ def test_what_addresses_do_not_show_is_no_certainty(scripted, iced, doubt):
     assert (said.certain, said.gpa, len(said.notes)) == (False, BAD, 1)
 
 
+@pytest.mark.parametrize(("paging", "gva", "entries", "gpa"), [
+    ("none", 0x1_2345_6789, {}, 0x2345_6789),
+    ("32-bit", 0x0040_1234, {0x1004: 0x0001_E087}, 0x0F_0000_1234),  # PSE-36: bits 13 to 20 are 32 to 39
+    ("PAE", 0x8000_1234, {0x1010: 0x2087, 0x2000: 0x3007, 0x3008: 0x4007}, 0x4234),  # no large pages of 1 GiB
+    ("4-level", 0x1234, {0x1000: 0x2087, 0x2000: 0x87}, None),  # bit 7 is reserved at the root
+    ("4-level", 0x1234, {0x1000: 0x2007, 0x2000: 0xFFF0_0000_C000_1087}, 0xC000_1234),
+    ("4-level", 0x1234, {0x1000: 0x2007, 0x2000: 0x3006}, None),
+    ("4-level", 1 << 47, {0x1800: 0x2007, 0x2000: 0x87}, None),
+    ("4-level", (1 << 64) - (1 << 47), {0x1000 + 0x800: 0x2007, 0x2000: 0x87}, 0),
+    ("5-level", 1 << 56, {0x1800: 0x2007, 0x2000: 0x3007, 0x3000: 0x87}, None),
+    ("5-level", 1 << 55, {0x1000 + 0x400: 0x2007, 0x2000: 0x3007, 0x3000: 0x87}, 0),
+])  # fmt: skip
+def test_walks_by_the_book(paging, gva, entries, gpa):
+    """What the modes above do not have: each entry is one that the test made."""
+    state = types.SimpleNamespace(paging=paging, cr3=0x1018 if paging != "PAE" else 0x1000, large_pages=True)
+    found = walk(state, gva, lambda at, size: entries.get(at, 0).to_bytes(size, "little"))
+    assert (found.gpa, found.stuck) == (gpa, False)
+    assert len(found.tables) <= 5
+
+
+def at_fault(vm, code, **regs):
+    """-> a guest in 64-bit mode at a fault, with a stack that can be reached."""
+    guest = Guest(vm, MODES["4-level"])
+    return guest, guest.fault(bytes.fromhex(code), **{"rsp": guest.good + 0x800, **regs})
+
+
+def explained(guest, exit, *more):
+    """What is said while the bad page, and further slots, cannot be reached."""
+    for slot in (guest.slot, *more):
+        prot(slot.hva, 0)
+    try:
+        return exit.explain(guest.vcpu)
+    finally:
+        for slot in (guest.slot, *more):
+            prot(slot.hva, 3)
+
+
+def test_a_string_instruction_may_be_a_little_further_than_its_registers(scripted, iced):
+    """Up or down; but not where the present iteration cannot go by; and with a count of 0 nowhere."""
+    guest, exit = at_fault(scripted, "f3a4", rcx=100)
+    regs = guest.vcpu.regs
+    regs.rsi, regs.rdi = guest.good, guest.bad - 16
+    said = explained(guest, exit)
+    assert (said.certain, said.gpa, said.candidates[0].what) == (True, BAD, "string operand, further on")
+    guest.map(guest.bad + PAGE, 0x500000)
+    more = scripted.memory.add(0x500000, PAGE)
+    regs.rdi, regs.rflags = guest.bad + PAGE + 8, 0x402
+    said = explained(guest, exit)
+    assert (said.certain, said.gpa) == (True, BAD + PAGE + 8 - 64)
+    regs.rdi, regs.rflags = guest.bad + PAGE - 4, 2
+    said = explained(guest, exit, more)
+    assert (said.certain, said.gpa) == (True, BAD + PAGE - 4)
+    regs.rcx = 0
+    assert explained(guest, exit, more).cause == Cause.NOTHING_FOUND
+
+
+def test_enter_looks_at_its_frame(scripted, iced):
+    """enter 0x8000, 0 pushes far above it."""
+    guest, exit = at_fault(scripted, "c8008000")
+    guest.map(guest.bad + 0x8000, SPARE)
+    guest.vcpu.regs.rsp = guest.bad + 0x8108
+    said = explained(guest, exit)
+    assert (said.certain, said.gpa, said.access) == (True, BAD + 0x100, "write")
+
+
+def test_kvm_has_a_say_in_translation(scripted, iced, monkeypatch):
+    """Where it says another address, or none, nothing is certain."""
+    guest, exit = at_fault(scripted, "8b03")
+    guest.vcpu.regs.rbx = guest.bad
+    for said in (None, 0x1234):
+        monkeypatch.setattr(State, "translate", lambda state, gva, said=said: said)
+        found = explained(guest, exit)
+        assert (found.certain, found.gpa) == (False, BAD)
+        assert "KVM_TRANSLATE says " + ("nowhere" if said is None else "gpa 0x1234") in str(found)
+
+
+def test_code_in_private_memory_is_not_read(scripted, iced):
+    """The shared side would show zeros, which are an instruction, too; and private pages' faults have an address."""
+    guest, exit = at_fault(scripted, "8b03")
+    guest.vcpu.regs.rbx = guest.bad
+    private = scripted.memory.add(0x500000, PAGE, guest_memfd=True)
+    scripted.memory.convert(0x500000, PAGE, private=True)
+    guest.map(guest.bad, 0x500000)
+    assert explained(guest, exit, private).candidates == ()
+    guest.map(guest.bad, BAD)
+    guest.map(guest.code, 0x500000)
+    guest.vcpu.regs.rbx = guest.bad
+    guest.vcpu.regs.rsp = guest.bad + 80
+    found = explained(guest, exit)
+    assert (found.certain, found.gpa, found.instruction) == (False, BAD, None)
+    assert "the instruction cannot be read" in found.notes
+
+
+def test_an_interrupts_stack_is_found_in_the_task_state_segment(scripted, iced):
+    """RSP0, while an interrupt is being delivered; and the segment itself."""
+    guest, exit = at_fault(scripted, "90")
+    sregs = guest.vcpu.sregs
+    sregs.tr.base, sregs.tr.limit, sregs.tr.present = guest.good + 0x100, 0x67, 1
+    scripted.memory.write(SPARE + 0x104, struct.pack("<Q", guest.bad + 0x400))
+    guest.vcpu.events.interrupt.injected = 1
+    found = explained(guest, exit)
+    assert (found.certain, found.gpa, found.candidates[0].what) == (True, BAD + 0x300, "stack of an exception")
+    sregs.tr.base = guest.bad + 8
+    assert explained(guest, exit).candidates[0].what == "task state segment"
+
+
+def test_a_stack_of_another_width_than_the_code_is_no_certainty(scripted, iced):
+    """32-bit code on a 16-bit stack."""
+    guest = Guest(scripted, MODES["protected"])
+    exit = guest.fault(bytes.fromhex("50"), rsp=guest.bad + 8)
+    assert explained(guest, exit).certain
+    guest.vcpu.sregs.ss.db = 0
+    guest.vcpu.sregs.ss.base = guest.bad
+    guest.vcpu.regs.rsp = 8
+    found = explained(guest, exit)
+    assert (found.certain, len(found.notes)) == (False, 1)
+
+
+def test_a_nested_guest_is_no_certainty(scripted):
+    """Its addresses are translated twice."""
+    vcpu, _ = bare(scripted, (0, 1 << 16))
+    state = State(vcpu)
+    assert state.beyond() == []
+
+    def in_guest_mode(number, buffer):
+        buffer[0] = 1
+
+    def too_big(number, buffer):
+        raise kvmexit.KvmError(errno.E2BIG, "KVM_GET_NESTED_STATE")
+
+    for ioctl in (in_guest_mode, too_big):
+        state._vcpu = types.SimpleNamespace(ioctl=ioctl)
+        assert state.beyond() == ["a nested guest was running"]
+
+
 # ---- bad input ----
 
 
@@ -499,19 +627,22 @@ def test_tables_that_lead_to_themselves_or_nowhere(scripted, iced, table):
     assert _explain._Look(vcpu).bare().candidates == ()
 
 
-@pytest.mark.parametrize("code", ["66" * 15, "f2" * 14 + "a4", "0f0b", "62f27d49a0048b", "c4e27b4b040b", "0f01d8", "ffff"])
-def test_instructions_that_are_none_or_not_known(scripted, iced, code):
-    """Never certain of what they touch."""
+@pytest.mark.parametrize(("code", "certain"), [
+    ("66" * 15, False), ("ffff", False), ("62f27d49a0048b", False), ("c4e27b4b040b", False), ("0f01d8", False),
+    ("f2" * 14 + "a4", True), ("0f0b", True),  # ud2: its exception needs the stack
+])  # fmt: skip
+def test_instructions_that_are_none_or_not_known(scripted, iced, code, certain):
+    """Never certain of what they touch: not of the one page, where an exception's stack would lie, either."""
     vcpu, exit = bare(scripted, (0, 1 << 16))
     bad = scripted.memory.add(BAD, PAGE)
     scripted.memory.write(CODE, bytes.fromhex(code))
     x86_64(vcpu)
-    for name in ("rax", "rbx", "rsi"):
-        setattr(vcpu.regs, name, BAD)
+    for name in ("rax", "rbx", "rsi", "rsp"):
+        setattr(vcpu.regs, name, BAD + 0x100)
     prot(bad.hva, 0)
     said = exit.explain(vcpu)
     prot(bad.hva, 3)
-    assert not said.certain or code == "f2" * 14 + "a4"
+    assert (said.gpa // PAGE, said.certain) == (BAD // PAGE, certain), str(said)
 
 
 def x86_64(vcpu):

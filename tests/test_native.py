@@ -595,7 +595,7 @@ def test_a_native_storm_heeds_kicks_timeouts_and_pauses(scripted, action):
         assert scripted.script(vcpu).position == position
         scripted.resume()
     vcpu.kick()
-    thread.join(10)
+    thread.join(40)
     assert results[0].cause == "kick"
 
 
@@ -669,7 +669,7 @@ def waiting(scripted, library):
     yield vcpu, route, gate
     gate.let_go()
     vcpu.kick()
-    thread.join(10)
+    thread.join(40)
     assert not thread.is_alive()
 
 
@@ -679,8 +679,8 @@ def test_remove_waits_for_a_native_handler_under_way(scripted, waiting):
     thread = in_thread(lambda: (route.remove(), removed.set()))
     assert not removed.wait(0.05)
     gate.let_go()
-    assert removed.wait(10)
-    thread.join(10)
+    assert removed.wait(40)
+    thread.join(40)
 
 
 def test_a_removed_python_handler_is_let_go_when_the_run_ends(scripted, waiting):
@@ -692,7 +692,7 @@ def test_a_removed_python_handler_is_let_go_when_the_run_ends(scripted, waiting)
     del other
     gate.let_go()
     vcpu.kick()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 40
     while reference() is not None and time.monotonic() < deadline:
         time.sleep(0.001)
     assert reference() is None
@@ -714,11 +714,11 @@ def test_remove_waits_for_nothing_that_was_retired_later(scripted, library, wait
     assert not removed.wait(0.05)
     gate.let_go()
     try:
-        assert removed.wait(10)
+        assert removed.wait(40)
     finally:
         stop.set()
         for thread in threads:
-            thread.join(10)
+            thread.join(40)
 
 
 def test_a_forked_child_waits_for_no_thread_of_its_parents(scripted, waiting):
@@ -728,7 +728,7 @@ def test_a_forked_child_waits_for_no_thread_of_its_parents(scripted, waiting):
     if pid == 0:
         route.remove()
         os._exit(7)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 40
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -788,7 +788,7 @@ def test_remove_does_not_wait_for_a_guest_that_never_exits(scripted):
     route.remove()
     assert vcpu.running
     vcpu.kick()
-    thread.join(10)
+    thread.join(40)
 
 
 def test_remove_in_a_handler_of_the_same_vcpu(scripted):

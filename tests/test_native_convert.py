@@ -577,7 +577,7 @@ def test_a_storm_of_faults_heeds_requests(action):
             assert vm.memory.changes == changes
             vm.resume()
         vcpu.kick()
-        thread.join(10)
+        thread.join(40)
         assert results[0].cause == "kick"
 
 

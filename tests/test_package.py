@@ -132,10 +132,11 @@ def example(name, number):
     ("docs/native.md", 0, "scripted"), ("docs/native.md", 1, "scripted"), ("docs/kernelside.md", 0, "kvm"),
     ("docs/kernelside.md", 1, "kvm"), ("docs/kernelside.md", 2, "scripted"), ("docs/kernelside.md", 3, "kvm"),
     ("docs/stats.md", 0, "scripted"), ("docs/trace.md", 0, "scripted"), ("docs/testing.md", 0, "scripted"),
-    ("docs/testing.md", 1, "scripted")])
+    ("docs/testing.md", 1, "scripted"), ("docs/faults.md", 0, "kvm iced")])
 def test_the_examples_run(name, number, needs, request, capsys):
     """As they stand there; the README's guest, of which it says nothing, writes to ports 0x3f8 and 0xf4."""
-    request.getfixturevalue(needs)
+    for fixture in needs.split():
+        request.getfixturevalue(fixture)
     exec(example(name, number), {"code": bytes.fromhex("66 ba f8 03 b0 41 ee e6 f4")})
     said = {("README.md", 0): "b'A'\n", ("README.md", 1): "[MemoryRange(gpa=0, size=2097152, private=False), MemoryRange("
             "gpa=2097152, size=1048576, private=True), MemoryRange(gpa=3145728, size=63963136, private=False)]\n"}

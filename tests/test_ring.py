@@ -332,7 +332,7 @@ def test_a_drain_wakes_who_waits(scripted):
     thread = to_the_end(scripted, count)
     while len(got) < count:
         got += values(ring.drain())
-    thread.join(10)
+    thread.join(40)
     assert got == list(range(count))
 
 
@@ -427,7 +427,7 @@ def test_ctrl_c_ends_the_wait(scripted):
     thread = in_thread(interrupt)
     with pytest.raises(KeyboardInterrupt):
         vcpu.run()
-    thread.join(10)
+    thread.join(40)
     assert vcpu.pending.data == b"\2"
     assert values(ring.drain()) == [0, 1]
     assert isinstance(vcpu.run(), kvmexit.Hlt)
@@ -529,7 +529,7 @@ def test_asyncio(scripted):
         thread = to_the_end(scripted, count)
         await asyncio.wait_for(done.wait(), 100)
         loop.remove_reader(ring)
-        thread.join(10)
+        thread.join(40)
 
     asyncio.run(consume())
     assert got == list(range(count))
@@ -546,7 +546,7 @@ def test_epoll(scripted, flags):
             assert epoll.poll(60)
             while batch := ring.drain():
                 got.extend(values(batch))
-        thread.join(10)
+        thread.join(40)
         ring.drain()
         assert epoll.poll(0) == []
     assert got == list(range(count))
@@ -572,7 +572,7 @@ def test_nobody_sleeps_beside_an_entry(scripted):
             assert readable(ring, 60)
         got += len(batch)
         ready.release()
-    thread.join(10)
+    thread.join(40)
     assert got == turns
 
 
@@ -709,7 +709,7 @@ def test_a_vcpu_goes_from_thread_to_thread(scripted):
     for _ in range(turns):
         thread = in_thread(vcpu.run)
         got += len(ring.drain())
-        thread.join(10)
+        thread.join(40)
     assert got + len(ring.drain()) == turns
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.ref cimport PyObject
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from kvmexit._page cimport Page, kvmexit_disown, kvmexit_seq, kvmexit_stats, kvmexit_vcpu
@@ -33,6 +33,9 @@ cdef extern from "_stats.h" nogil:  # of _stats.pyx only this: it imports this m
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject *) nogil
     PyObject *PyList_GetItem(object, Py_ssize_t) except NULL
+    unsigned long long PyLong_AsUnsignedLongLong(object) noexcept
+    PyObject *PyErr_Occurred()
+    void PyErr_Clear()
     enum:
         SHARED_OWNERSHIP "KVMEXIT_NO_UNIQUE_REFERENCE"
 
@@ -179,8 +182,9 @@ cdef class Exit:
         cdef kvmexit_vcpu *c
         cdef bint held = False, current = self.is_current()
         if current:
-            self.page.check_mine_here()
             c = &self.page.c
+            if c.forks[0] != c.born:
+                self.page.check()  # the child must not store to the parent's page
             held = self.page.hold()
             current = self.is_current()
             if current:
@@ -258,18 +262,25 @@ cdef class Answer(Field):
         cdef size_t i
         if self.only >= 0 and (<uint32_t *>e.payload)[0] != <uint32_t>self.only:
             raise AttributeError(f"{e!r} does not ask for this answer")
-        values = (value,) if self.count == 1 else tuple(value)
-        if <size_t>len(values) != self.count:
-            raise ValueError(f"{self.count} numbers expected, not {len(values)}")
         # All conversions first, so that a bad value changes nothing.
-        for i in range(self.count):
-            numbers[i] = to_number(values[i], self.size)
-            if self.allowed is not None and numbers[i] not in self.allowed:
-                raise ValueError(f"{value!r} is none of {self.allowed}, all that KVM takes here")
+        if self.count == 1:
+            numbers[0] = self.to_allowed(value)
+        else:
+            values = tuple(value)
+            if <size_t>len(values) != self.count:
+                raise ValueError(f"{self.count} numbers expected, not {len(values)}")
+            for i in range(self.count):
+                numbers[i] = self.to_allowed(values[i])
         with cython.critical_section(e.page, e):
             for i in range(self.count):
                 e.write(UNION + self.at + i * self.size, &numbers[i], self.size, self.settles)
                 memcpy(<uint8_t *>e.payload + self.at + i * self.size, &numbers[i], self.size)
+
+    cdef uint64_t to_allowed(self, value) except? 0:
+        cdef uint64_t number = to_number(value, self.size)
+        if self.allowed is not None and number not in self.allowed:
+            raise ValueError(f"{value!r} is none of {self.allowed}, all that KVM takes here")
+        return number
 
 
 cdef uint64_t to_number(value, size_t size) except? 0:
@@ -278,12 +289,11 @@ cdef uint64_t to_number(value, size_t size) except? 0:
     if isinstance(value, bool):
         raise TypeError("a bool is no data: return an int, bytes, or None for a write")
     integer = value if type(value) is int else index(value)
-    try:
-        number = integer
-        if size == 8 or not number >> (8 * size):
-            return number
-    except OverflowError:
-        pass
+    number = PyLong_AsUnsignedLongLong(integer)
+    if number == UINT64_MAX and PyErr_Occurred() != NULL:
+        PyErr_Clear()  # it is negative, or has more than 64 bits
+    elif size == 8 or not number >> (8 * size):
+        return number
     raise ValueError(f"{integer:#x} does not fit {size} unsigned byte{'s' if size > 1 else ''}")
 
 
@@ -1054,11 +1064,11 @@ cdef int answer_data(Exit e, value) except -1:
     cdef const char *source
     if run_is_write(e):
         raise AttributeError(f"{e!r} is a write: there is nothing to answer")
-    if isinstance(e, Io):
+    if e.place == KVM_EXIT_IO:
         size, count, offset = run.io.size, run.io.count, run.io.data_offset
     else:
         size, count, offset = run.mmio.len, 1, <char *>&_layout.mmio.data - <char *>&_layout
-    if isinstance(value, (bytes, bytearray, memoryview)):
+    if not isinstance(value, int) and isinstance(value, (bytes, bytearray, memoryview)):
         data = bytes(value)
         if <size_t>len(data) != size * count:
             raise ValueError(f"{e!r} takes {size * count} bytes, not {len(data)}")
@@ -1070,7 +1080,7 @@ cdef int answer_data(Exit e, value) except -1:
         source = <const char *>&number
     with cython.critical_section(e.page, e):
         e.write(offset, source, size * count, True)
-        if isinstance(e, Io):
+        if e.place == KVM_EXIT_IO:
             io = <Io>e
             io.answered = True
             if size * count > INLINE_DATA:
@@ -1084,7 +1094,7 @@ cdef int answer_data(Exit e, value) except -1:
 
 
 cdef bint run_is_write(Exit e) noexcept:
-    return as_run(e).io.direction != 0 if e.code == KVM_EXIT_IO else as_run(e).mmio.is_write != 0
+    return as_run(e).io.direction != 0 if e.place == KVM_EXIT_IO else as_run(e).mmio.is_write != 0
 
 
 cdef int answer(Exit e, value) except -1:
@@ -1096,7 +1106,7 @@ cdef int answer(Exit e, value) except -1:
             raise TypeError(f"a handler answered with a {type(value).__name__}: handlers are plain functions")
     elif isinstance(value, bool):
         raise TypeError(f"a handler returned {value}: return None (done), data for a read, PASS or STOP")
-    if isinstance(e, (Io, Mmio)):
+    if e.place == KVM_EXIT_IO or e.place == KVM_EXIT_MMIO:
         if run_is_write(e):
             raise TypeError(f"a handler returned {type(value).__name__} for a write, {e!r}: return None")
         answer_data(e, value)

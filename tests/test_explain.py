@@ -811,7 +811,7 @@ def test_a_file_of_which_nobody_has_a_descriptor(mapped, monkeypatch):
 ])  # fmt: skip
 def test_what_the_kernel_answers_to_populate(mapped, monkeypatch, number, cause, unsure):
     """Poison cannot be had on demand: the answer is put in its mouth."""
-    monkeypatch.setattr(_reach, "_libc_call", lambda *arguments: number)
+    monkeypatch.setattr(_reach, "libc_call", lambda *arguments: number)
     host = _reach.Host()
     assert (host.cause(mapped[1], True, True), host.unsure) == (cause, unsure)
 
@@ -819,7 +819,7 @@ def test_what_the_kernel_answers_to_populate(mapped, monkeypatch, number, cause,
 def test_a_host_that_hides_its_flags_leaves_doubt(mapped, monkeypatch):
     """Without VmFlags a userfaultfd may be there: nothing is populated, nothing is certain."""
     monkeypatch.setattr(_reach.Host, "_vm_flags", lambda self, at: None)
-    monkeypatch.setattr(_reach, "_libc_call", None)
+    monkeypatch.setattr(_reach, "libc_call", None)
     host = _reach.Host()
     assert (host.cause(mapped[1], True, True), host.unsure) == (None, True)
 

@@ -17,11 +17,13 @@ from kvmexit._native import _HasFileno
 from kvmexit._page import Page
 from kvmexit._record import VMRecorder
 from kvmexit._routes import Route, RouteSwap
+from kvmexit.faults import Fault
 from kvmexit.handlers import Handler
 from kvmexit.stats import Stats
 
 _E = TypeVar("_E", bound=Exit)
 _Decorator: TypeAlias = Callable[[Handler[_E]], Handler[_E]]
+_F = TypeVar("_F", bound=Callable[[Vcpu, Fault], object])
 _Path: TypeAlias = str | os.PathLike[str]
 
 class VMType(enum.IntEnum):
@@ -123,6 +125,16 @@ class VM:
     @overload
     def on_memory_fault(
         self, gpa: int | None = None, size: int | None = None, *, handler: Handler[MemoryFault]
+    ) -> Route: ...
+    @overload
+    def on_fault(
+        self, gpa: int | None = None, size: int | None = None, handler: None = None
+    ) -> Callable[[_F], _F]: ...
+    @overload
+    def on_fault(self, gpa: int | None, size: int | None, handler: Callable[[Vcpu, Fault], object]) -> Route: ...
+    @overload
+    def on_fault(
+        self, gpa: int | None = None, size: int | None = None, *, handler: Callable[[Vcpu, Fault], object]
     ) -> Route: ...
     @overload
     def on_hypercall(self, nr: int, handler: None = None) -> _Decorator[Hypercall]: ...

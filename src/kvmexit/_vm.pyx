@@ -598,6 +598,29 @@ cdef class VM:
         gpa, last = (0, UINT64_MAX) if gpa is None else _span(gpa, size, UINT64_MAX, "gpa")
         return self._route((KVM_EXIT_MEMORY_FAULT,), gpa, last, handler)
 
+    def on_fault(self, gpa=None, size=None, handler=None):
+        """Repair whatever keeps the guest from its memory: `handler(vcpu, fault)`, a kvmexit.faults.Fault. See on().
+
+        Memory faults, faults that explain() finds the address of, and MMIO in a slot, all or those in `size` bytes from
+        `gpa`; without them also those that stay unexplained. None: the guest tries again (MMIO is completed as memory).
+        ValueError as on_memory_fault().
+        """
+        if (gpa is None) != (size is None):
+            raise ValueError("give gpa and size, or neither")
+        if handler is None:
+            def register(function):
+                self.on_fault(gpa, size, function)
+                return function
+            return register
+        from kvmexit.faults import OnFault
+        first, last = (0, UINT64_MAX) if gpa is None else _span(gpa, size, UINT64_MAX, "gpa")
+        calls = OnFault(handler, first, last, gpa is None)
+        entries = [
+            *self._entries((KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO), first, last, calls),
+            *self._entries((_exits.CLASSES.index(_exits.UnexplainedFault),), 0, UINT64_MAX, calls)]
+        self._change_entries(entries, ())
+        return Route(self, handler, entries)
+
     def on_hypercall(self, nr, handler=None):
         """Answer hypercall `nr`; the handler returns what goes to the guest's RAX. Enables KVM_CAP_EXIT_HYPERCALL for it.
 

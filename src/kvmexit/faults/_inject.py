@@ -39,21 +39,23 @@ _NAMES = {
 }  # fmt: skip
 
 
-def inject(vcpu: Vcpu, what: str | int, *, address: int | None = None, error_code: int | None = None, bank: int = 1) -> None:
+def inject(
+    vcpu: Vcpu, what: str | int, *, address: int | None = None, error_code: int | None = None, bank: int = 1
+) -> None:
     """Have the guest take an exception when the vCPU is entered next, instead of what it was about to do.
 
     what: "#MC", "#PF", "#GP", "#AC" and so on, or a vector. error_code: 0 where the vector has one and none is given.
-    address: of "#PF" the linear address (CR2), of "#MC" the guest-physical one, which both need. "#MC" reports data that
-    cannot be had (MCACOD 0x134, action required) in `bank`; guests know what that is if MCG_CAP says so
-    (KVM_X86_SETUP_MCE, before they start).
+    address: of "#PF" the linear address (CR2), of "#MC" the guest-physical one, which both need. "#MC" reports, in
+    `bank`, data that cannot be had (MCACOD 0x134, action required), to guests that enable_machine_checks() was for.
 
     In a handler, or after run() returned. Raises ValueError for what is no such exception; Error, and nothing changes,
-    where the guest could not take it: another exception is on its way, and for a machine check CR4.MCE clear, or one not
-    seen to yet (MCG_STATUS.MCIP), which would be triple faults, or a bank that is off.
+    where the guest could not take it: another exception is on its way, and for a machine check CR4.MCE clear, or one
+    not seen to yet (MCG_STATUS.MCIP), which would be triple faults, or a bank that is off.
     """
-    vector = _NAMES.get(what) if isinstance(what, str) else what
-    if vector is None or not 0 <= vector < 32 or vector == 2:
-        raise ValueError(f"{what!r} is no exception: give one of {', '.join(_NAMES)}, or a vector below 32 (2 is vcpu.nmi())")
+    vector = _NAMES.get(what, -1) if isinstance(what, str) else what
+    if not isinstance(vector, int) or not 0 <= vector < 32 or vector == 2:
+        names = ", ".join(_NAMES)
+        raise ValueError(f"{what!r} is no exception: give one of {names}, or a vector below 32 (2 is vcpu.nmi())")
     if (address is None) is (vector in (_PAGE_FAULT, _MACHINE_CHECK)):
         raise ValueError(f"{what} {'needs' if address is None else 'has no'} address")
     if address is not None and not 0 <= address < 1 << 64:
@@ -62,13 +64,13 @@ def inject(vcpu: Vcpu, what: str | int, *, address: int | None = None, error_cod
         raise ValueError(f"{what} has no error code {error_code}")
     exception = vcpu.events.exception
     if (exception.injected or exception.pending) and vector != _DOUBLE_FAULT:
-        raise Error(f"exception {exception.nr} is on its way to {vcpu!r} already: with {what} on top it would be a double fault; "
-                    'inject "#DF" if that is meant')  # fmt: skip
+        raise Error(f"exception {exception.nr} is on its way to {vcpu!r} already: with {what} on top it would be a "
+                    'double fault; inject "#DF" if that is meant')  # fmt: skip
     if vector == _MACHINE_CHECK:
         _machine_check(vcpu, address or 0, bank)
         return
     if vector == _PAGE_FAULT:
-        vcpu.sregs.cr2 = address
+        vcpu.sregs.cr2 = address or 0
     events = vcpu.events.exception
     events.nr, events.injected, events.pending = vector, 1, 0
     events.has_error_code = int(vector in _WITH_ERROR_CODE and vcpu.sregs.cr0 & _CR0_PE != 0)
@@ -91,8 +93,8 @@ def _machine_check(vcpu: Vcpu, gpa: int, bank: int) -> None:
     if not 0 <= bank < banks:
         raise ValueError(f"there is no bank {bank}: {vcpu!r} has {banks}, counted from 0")
     if status & _MCIP:
-        raise Error(f"the guest of {vcpu!r} has a machine check that it has not seen to (MCG_STATUS.MCIP): another would be a "
-                    "triple fault")  # fmt: skip
+        raise Error(f"the guest of {vcpu!r} has a machine check that it has not seen to (MCG_STATUS.MCIP): "
+                    "another would be a triple fault")  # fmt: skip
     vcpu.ioctl(_SET_MCE, bytearray(struct.pack("<4QB31x", _SRAR_LOAD, gpa, _PHYSICAL_PAGE, _MCIP | _EIPV, bank)))
     exception = vcpu.events.exception
     if exception.nr != _MACHINE_CHECK or not (exception.injected or exception.pending):
@@ -103,8 +105,8 @@ def skip(vcpu: Vcpu, size: int | None = None) -> None:
     """Go on behind the instruction that the vCPU is at, as if it had happened and changed nothing.
 
     size: its bytes; None: found by iced-x86 (pip install 'kvmexit[faults]'). In a handler, or after run() returned.
-    Raises ValueError for a size that no instruction has; Error, and nothing changes, where it cannot be read or decoded,
-    and where an exception or interrupt was being delivered: then it is not the instruction that failed.
+    Raises ValueError for a size that no instruction has; Error, and nothing changes, where it cannot be read or
+    decoded, and where an exception or interrupt was being delivered: then it is not the instruction that failed.
     """
     state = State(vcpu)
     if size is None:
@@ -119,7 +121,7 @@ def skip(vcpu: Vcpu, size: int | None = None) -> None:
 
 def _size(vcpu: Vcpu, state: State) -> int:
     if _operands.decoder_missing():
-        raise Error("how long an instruction is, iced-x86 knows (pip install 'kvmexit[faults]'); or give skip() its size")
+        raise Error("iced-x86 knows how long it is (pip install 'kvmexit[faults]'); or give skip() its size")
 
     def read(gpa: int, count: int) -> bytes | None:
         try:

@@ -88,7 +88,7 @@ class Host:
     def cause(self, hva: int, write: bool, probe: bool) -> Cause | None:
         """Why the page at `hva` cannot be read, or written; None where it can. probe: the kernel may be asked."""
         hva -= hva % PAGE
-        at = self._mapping(hva)
+        at = self.mapping(hva)
         if at is None:
             return Cause.UNMAPPED
         if at.permissions[0] != "r":
@@ -118,7 +118,8 @@ class Host:
             return None
         return self._populate(hva, write) if probe else None
 
-    def _mapping(self, hva: int) -> _Mapping | None:
+    def mapping(self, hva: int) -> _Mapping | None:
+        """-> the mapping that this address is in."""
         if self._lines is None:
             with open("/proc/self/maps", "rb") as file:
                 self._lines = file.readlines()
@@ -159,7 +160,7 @@ class Host:
         return self._flags.get(at.start)
 
     def _populate(self, hva: int, write: bool) -> Cause | None:
-        error = _libc_call("madvise", hva, PAGE, _POPULATE_WRITE if write else _POPULATE_READ)
+        error = libc_call("madvise", hva, PAGE, _POPULATE_WRITE if write else _POPULATE_READ)
         if error == _EHWPOISON:
             return Cause.POISONED
         if error == errno.EFAULT:
@@ -213,12 +214,14 @@ def _resident(hva: int) -> bool:
     import ctypes
 
     answer = ctypes.c_ubyte()
-    return _libc_call("mincore", hva, PAGE, ctypes.byref(answer)) == 0 and answer.value & 1 == 1
+    return libc_call("mincore", hva, PAGE, ctypes.byref(answer)) == 0 and answer.value & 1 == 1
 
 
-def _libc_call(name: str, hva: int, size: int, last: object) -> int:
-    """-> 0, or errno."""
+def libc_call(name: str, hva: int, size: int, *others: object, fails: int | None = None) -> int:
+    """Call mmap(), mprotect(), madvise(), mincore(); -> 0, or errno. fails: what says so, where it is not "not 0"."""
     import ctypes
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    return ctypes.get_errno() if getattr(libc, name)(ctypes.c_void_p(hva), ctypes.c_size_t(size), last) else 0
+    function = ctypes.CDLL(None, use_errno=True)[name]  # [name]: not the one that others may have declared
+    function.restype = ctypes.c_ssize_t
+    done = function(ctypes.c_void_p(hva), ctypes.c_size_t(size), *others)
+    return ctypes.get_errno() if (done == fails if fails is not None else done != 0) else 0

@@ -448,6 +448,7 @@ cdef void renew(Machine *m) noexcept nogil:
     """Another vCPU: the one there is owes an answer that nobody can give."""
     cdef kvmexit_vcpu *v = m.v
     cdef uint64_t count = v.native, seq = v.seq, exit_seq = v.exit_seq, generation = v.generation
+    check_page(m)  # of part of an answer, which settles nothing, the next entry would know no more
     if m.paused:
         pause(m, False)
     memcpy(v, &m.fresh, sizeof(kvmexit_vcpu))
@@ -467,6 +468,7 @@ cdef Machine *begin(const uint8_t *data, size_t size, int machine) noexcept nogi
     for i in range(m.kept_count):
         memcpy(m.kept[i].at, m.kept[i].copy, m.kept[i].size)
     memset(m.v.run, 0, RUN)
+    memcpy(m.mirror, m.v.run, RUN)
     renew(m)
     m.v.run.kvm_valid_regs = m.v.synced
     memcpy(m.mirror, m.v.run, RUN)

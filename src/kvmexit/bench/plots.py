@@ -86,7 +86,7 @@ def throughput(cells: list[dict[str, Any]]) -> Any:
             axes.annotate(f"{rate:,.0f}", (rate, place), (4, 0), textcoords="offset points", va="center", fontsize=7,
                           color="#4b5563")
     axes.set_yticks(range(len(cells)), [cell["name"] for cell in cells])
-    axes.invert_yaxis()
+    axes.set_ylim(len(cells) - 0.4, -0.6)  # the first on top, and no room beyond
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.1)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -110,7 +110,7 @@ def split(cells: list[dict[str, Any]]) -> Any:
             left += share
         axes.text(101, number, f"{whole / 1000:,.1f} us", va="center", fontsize=7, color="#4b5563")
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 108)
     axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])

@@ -144,7 +144,7 @@ class Fault:
         """Take the slot out and add it anew with a guest_memfd of its own; -> the new one, zeros on both sides.
 
         options: of memory.add(), such as gmem_flags; buffer= keeps what the shared side has. Other vCPUs find no memory
-        there meanwhile: pause() where that matters.
+        there meanwhile: pause() where that matters. Raises what add() does; the old slot is gone then.
         """
         slot, memory = self._slot(), self.vcpu.vm.memory
         memory.remove(slot)

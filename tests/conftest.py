@@ -90,6 +90,8 @@ EXPECTED_SKIPS = [
     "kvmexit[bench] is not installed",  # likewise, and tests/freethreaded
     "iced-x86 is not installed",  # likewise, with kvmexit[faults]
     "this kernel has no userfaultfd",
+    "userfaultfd is not permitted here",
+    "everybody has userfaultfd on this machine",
     "this kernel has no VM type with private memory",
     "this VM type has private memory",
     "this kernel has no guest_memfd",  # in an ordinary VM

@@ -1,6 +1,9 @@
-"""Explaining faults that KVM gives no address for: `explain()`. docs/faults.md says what it looks at."""
+"""Explaining faults that KVM gives no address for: `explain()`, docs/faults.md. Memory that comes when it is touched: `Pager`,
+docs/paging.md.
+"""
 
 from kvmexit.faults._explain import Candidate, Explanation, as_memory, explain
+from kvmexit.faults._pager import Pager, PagerError, PagerStats
 from kvmexit.faults._reach import Cause
 
-__all__ = ["Candidate", "Cause", "Explanation", "as_memory", "explain"]
+__all__ = ["Candidate", "Cause", "Explanation", "Pager", "PagerError", "PagerStats", "as_memory", "explain"]

@@ -1,5 +1,7 @@
 """What the tests share: a VM on the real /dev/kvm where there is one, and a scripted one everywhere."""
 
+import errno
+import mmap
 import os
 import platform
 import sys
@@ -60,6 +62,18 @@ def private_vm(kvm):
         pytest.skip("this kernel has no VM type with private memory")
     with made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def uffd():
+    """Skips where no userfaultfd is to be had that sees the kernel's accesses."""
+    memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        kvmexit.faults.Pager(memory, bytes(mmap.PAGESIZE)).close()
+    except kvmexit.KvmError as error:
+        if error.call != "userfaultfd":
+            raise
+        pytest.skip("this kernel has no userfaultfd" if error.errno == errno.ENOSYS else "userfaultfd is not permitted here")
 
 
 def pytest_collection_modifyitems(items):

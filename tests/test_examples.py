@@ -158,3 +158,10 @@ def test_a_cython_function_of_another_signature_does_not_compile(tmp_path):
                           capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert re.findall(r"wrong.pyx:(\d+):\d+: Cannot assign type", done.stderr) == ["7", "8"]
+
+
+def test_postcopy(kvm, uffd):
+    done = subprocess.run([sys.executable, EXAMPLES / "postcopy.py", "4"], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                          capture_output=True, text=True, timeout=100, check=False)  # fmt: skip
+    assert done.returncode == 0, done
+    assert len(re.findall(r"postcopy: 4 MiB by .* pages/s, the same byte for byte\n", done.stdout)) == 3

@@ -446,13 +446,14 @@ static void kvmexit_pager_serve(struct kvmexit_pager *p)
             {.fd = p->uffd, .events = POLLIN}, {.fd = p->stop, .events = POLLIN}, {.fd = p->bell, .events = POLLIN}};
         uint64_t rung;
         ssize_t i, n;
-        int wanted;
+        int wanted, sealed;
         pthread_mutex_lock(&p->lock);
         wanted = p->wanted == KVMEXIT_WANTED;
+        sealed = p->sealed;
         pthread_mutex_unlock(&p->lock);
-        poll(three, 3, wanted ? 0 : -1);
-        if (three[1].revents)
+        if (sealed)
             break;
+        poll(three, 3, wanted ? 0 : -1);
         if (three[2].revents && read(p->bell, &rung, sizeof(rung)) < 0)
             continue; /* the one reader is us */
         n = read(p->uffd, found, sizeof(found));

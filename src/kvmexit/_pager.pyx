@@ -75,8 +75,8 @@ FROM = {
 cdef class Worker:
     """Fills `memory` from a source: serve() in a thread of its own, until stop().
 
-    `source` is, by `kind`, a buffer, or a callable; else `read_fd` and `write_fd`, which it owns, are. Nothing here refers to
-    the Pager, so that one that is dropped goes, and its thread after it.
+    `source` is, by `kind`, a buffer, or a callable; else `read_fd` and `write_fd`, which it owns, are. Nothing here refers
+    to the Pager, so that one that is dropped goes, and its thread after it.
     """
 
     cdef kvmexit_pager p

@@ -1,6 +1,4 @@
-"""Explaining faults that KVM gives no address for: `explain()`, docs/faults.md. Memory that comes when it is touched: `Pager`,
-docs/paging.md.
-"""
+"""Faults without an address: `explain()`, docs/faults.md. Memory that comes when touched: `Pager`, docs/paging.md."""
 
 from kvmexit.faults._explain import Candidate, Explanation, as_memory, explain
 from kvmexit.faults._pager import Pager, PagerError, PagerStats

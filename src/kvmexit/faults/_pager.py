@@ -1,4 +1,4 @@
-"""Pager: guest memory whose pages come from a source when they are first touched. The native half: _pager.h, _pager.pyx."""
+"""Pager: guest memory whose pages come from a source when first touched. The native half: _pager.h, _pager.pyx."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ _SHORT, _LONG, _CLOSED, _ERRNO, _RAISED = range(1, 6)  # as in _pager.h
 class PagerError(Error):
     """A source did not give pages. __cause__: what a callable raised, or the OSError.
 
-    gpa, size: what was asked for (of plain memory, from its beginning). offset: in the source. why: a text. errno: or None.
+    gpa, size: what was asked for (of plain memory, from its beginning). offset: in the source. why: a text. errno: the
+    system's, or None.
     """
 
     gpa: int
@@ -58,8 +59,10 @@ class PagerError(Error):
 
 
 class PagerStats(NamedTuple):
-    """What a Pager did. faults: the kernel's messages, several where several threads touch one page. fetches: answers of
-    the source. pages, bytes: filled. errors: pages that failed. missing: pages not known to be there.
+    """What a Pager did.
+
+    faults: the kernel's messages, several where several threads touch one page. fetches: answers of the source. pages,
+    bytes: filled. errors: pages that failed. missing: pages not known to be there.
     """
 
     faults: int
@@ -76,31 +79,31 @@ class Pager:
         with faults.Pager(slot, "snapshot.bin", window=256 << 10) as pager:
             vcpu.run()
 
-    slot: a Slot of ordinary memory, without guest_memfd; or plain page-aligned memory (an mmap.mmap), which then has gpa 0.
-    Pages that are there already stay. source: from where `offset` bytes on it has what the slot is to have,
+    slot: a Slot of ordinary memory, without guest_memfd; or plain page-aligned memory (an mmap.mmap), which then has
+    gpa 0. Pages that are there already stay. source: from `offset` on it has what the slot is to have,
 
     * a buffer (bytes, mmap.mmap, memoryview), kept meanwhile, and copied by the kernel,
     * a file: a path, or an open file or its descriptor, read with pread(2),
-    * a socket, or a pair (read, write) of descriptors, to a process that answers: a question is 16 bytes, offset and size
-      as little-endian 64-bit numbers, and the answer exactly `size` bytes. Nobody else may use it meanwhile,
+    * a socket, or a pair (read, write) of descriptors, to a process that answers: a question is 16 bytes, offset and
+      size as little-endian 64-bit numbers, and the answer exactly `size` bytes. Nobody else may use it meanwhile,
     * a callable (offset, size) -> size bytes.
 
-    Descriptors are duplicated. All but callables are asked without the GIL, in a thread of the Pager's own, by userfaultfd.
-    window: bytes asked for at once, around the page that was touched: a power of two from 4 KiB to 2 MiB; it ends where
-    the slot does, or at a page that is there.
+    Descriptors are duplicated. All but callables are asked without the GIL, in a thread of the Pager's own, by
+    userfaultfd. window: bytes asked for at once, around the page that was touched: a power of two from 4 KiB to 2 MiB;
+    it ends where the slot does, or at a page that is there.
 
     **Errors.** A page that the source does not give becomes inaccessible (PROT_NONE), so a guest that touches it ends
-    run() with an UnexplainedFault, and memory.read() raises; `error_at(gpa)` then says why, `retry()` opens it again, and
-    on_error(error), where it is given, was called in the Pager's thread. A window that fails is asked for once more as
-    the one page that was touched; a stream that closed, or gave too much, is not asked again.
+    run() with an UnexplainedFault, and memory.read() raises; `error_at(gpa)` then says why, `retry()` opens it again,
+    and on_error(error), where it is given, is called in the Pager's thread. A window that fails is asked for once more
+    as the one page that was touched; a stream that closed, or gave too much, is not asked again.
 
-    **The end.** close(), or the end of a with block, or the last reference going: nothing is filled any more, and pages that
-    never came become inaccessible too, instead of zeros. fill_all() first, and the source may go. A vCPU that waits for a
-    page can be kicked, and has time-outs. memory.read() and write() wait without the GIL, a view of the slot *with* it:
-    with a callable as the source, or a server in this process, touching a missing page through a view is a deadlock.
+    **The end.** close(), or the end of a with block, or the last reference going: nothing is filled any more, and pages
+    that never came become inaccessible too, instead of zeros. fill_all() first, and the source may go. A vCPU that
+    waits for a page can be kicked, and has time-outs. memory.read() and write() wait without the GIL, a view of the
+    slot *with* it: where the source is a callable, or in this process, touching a missing page by a view is a deadlock.
 
-    Raises ValueError and TypeError for arguments that do not fit, KvmError where userfaultfd is not to be had (it says what
-    would allow it) or not for this memory, OSError where the file cannot be opened.
+    Raises ValueError and TypeError for arguments that do not fit, KvmError where userfaultfd is not to be had (it says
+    what would allow it) or not for this memory, OSError where the file cannot be opened.
     Source: Documentation/admin-guide/mm/userfaultfd.rst.
     """
 
@@ -137,8 +140,10 @@ class Pager:
             raise
 
     def close(self) -> None:
-        """Fill nothing any more: pages that never came are inaccessible from now on. Ends the thread; a callable that does
-        not return is waited for a second, and then not any more. Again: nothing happens.
+        """Fill nothing any more: pages that never came are inaccessible from now on.
+
+        Ends the thread; a callable that does not return is waited for a second, and then not any more. Again: nothing
+        happens.
         """
         self._finalizer()
         if self._thread is not threading.current_thread() and self._thread.is_alive():
@@ -155,8 +160,8 @@ class Pager:
     def prefetch(self, gpa: int, size: int) -> None:
         """Fill `size` bytes from `gpa`, in windows; faults come first. Waits without the GIL; Ctrl-C ends it.
 
-        Raises PagerError for what the source did not give, which stays missing, or had failed before; ValueError for a range
-        that is not in the slot, or not of whole pages; Error where the Pager is closed, and in its own thread.
+        Raises PagerError for what the source did not give, which stays missing, or had failed before; ValueError for a
+        range that is not in the slot, or not of whole pages; Error where the Pager is closed, and in its own thread.
         """
         first, pages = self._pages(gpa, size)
         if self._thread is threading.current_thread():
@@ -175,8 +180,9 @@ class Pager:
         self.prefetch(self._gpa, self.size)
 
     def retry(self, gpa: int | None = None, size: int | None = None) -> None:
-        """Open what failed again, in a range or everywhere: the next touch asks the source again. Raises as prefetch(), and
-        KvmError where the kernel has no room for the mapping.
+        """Open what failed again, in a range or everywhere: the next touch asks the source again.
+
+        Raises as prefetch(), and KvmError where the kernel has no room for the mapping.
         """
         if (gpa is None) != (size is None):
             raise ValueError("give gpa and size, or neither")
@@ -188,8 +194,9 @@ class Pager:
         return [_error(failure, self._gpa, self._offset) for failure in self._worker.failures()]
 
     def error_at(self, gpa: int) -> PagerError | None:
-        """Why the page at `gpa` (any byte of it) was not given; None where it did not fail, was opened again, or has failed
-        too long ago (errors).
+        """Why the page at `gpa` (any byte of it) was not given.
+
+        None where it did not fail, was opened again, or has failed too long ago (errors).
         """
         page = (index(gpa) - self._gpa) // _PAGE
         if not 0 <= page < self.size // _PAGE or self._worker.first_failed(page, 1) is None:
@@ -215,7 +222,9 @@ class Pager:
     def _pages(self, gpa: int, size: int) -> tuple[int, int]:
         gpa, size = index(gpa), index(size)
         if gpa % _PAGE or size % _PAGE or size <= 0 or not self._gpa <= gpa <= gpa + size <= self._gpa + self.size:
-            raise ValueError(f"gpa {gpa:#x}, size {size:#x}: give whole pages of gpa {self._gpa:#x}, size {self.size:#x}")
+            raise ValueError(
+                f"gpa {gpa:#x}, size {size:#x}: give whole pages of gpa {self._gpa:#x}, size {self.size:#x}"
+            )
         return (gpa - self._gpa) // _PAGE, size // _PAGE
 
 
@@ -252,7 +261,7 @@ def _open(source: _Source, end: int) -> tuple[str, memoryview | Callable[[int, i
         try:
             view = memoryview(source).cast("B")
         except TypeError:
-            raise TypeError(f"source {source!r}: a callable, buffer, path, file, socket or pair of descriptors") from None
+            raise TypeError(f"source {source!r}: give a callable, buffer, path, file, socket or pair") from None
         _must_reach(len(view), end)
         return "memory", view, -1, -1
     try:
@@ -260,7 +269,9 @@ def _open(source: _Source, end: int) -> tuple[str, memoryview | Callable[[int, i
         if stat.S_ISSOCK(mode):
             return "stream", None, fd, os.dup(fd)
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise ValueError(f"source {source!r} is no file, block device or socket; of two pipes give the pair (read, write)")
+            raise ValueError(
+                f"source {source!r} is no file, block device or socket; of two pipes give the pair (read, write)"
+            )
         if stat.S_ISREG(mode):
             _must_reach(os.fstat(fd).st_size, end)
         return "file", None, fd, -1

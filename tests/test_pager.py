@@ -383,6 +383,7 @@ def test_close_with_a_source_that_blocks(kind, monkeypatch):
         go_on.set()
         pager._thread.join()
         assert touch.fails(5)  # what it gave later is not filled in
+        assert (pager.stats.fetches, pager.stats.pages, pager.errors) == (0, 0, [])
         pager.close()
         for call in (pager.fill_all, pager.retry):
             with pytest.raises(Error, match="closed"):

@@ -24,7 +24,7 @@ SWITCHES = {
              "-fno-omit-frame-pointer", "-fno-sanitize=pointer-overflow"],  # Cython adds 0 to NULL
 }
 # No exit goes through these: small, not fast.
-COLD = {"_bench", "_dirty", "_eventfd", "_ioctl", "_memory", "_msr_filter", "_registers", "_stats", "_vm"}
+COLD = {"_bench", "_dirty", "_eventfd", "_ioctl", "_memory", "_msr_filter", "_pager", "_registers", "_stats", "_vm"}
 MAKES_NOTHING = {"sdist", "egg_info", "--version", "--name"}  # the sdist has no generated C
 
 

@@ -1,5 +1,7 @@
 """What the tests share: a VM on the real /dev/kvm where there is one, and a scripted one everywhere."""
 
+import errno
+import mmap
 import os
 import platform
 import shutil
@@ -63,6 +65,18 @@ def private_vm(kvm):
         yield made
 
 
+@pytest.fixture(scope="session")
+def uffd():
+    """Skips where no userfaultfd is to be had that sees the kernel's accesses."""
+    memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        kvmexit.faults.Pager(memory, bytes(mmap.PAGESIZE)).close()
+    except kvmexit.KvmError as error:
+        if error.call != "userfaultfd":
+            raise
+        pytest.skip("this kernel has no userfaultfd" if error.errno == errno.ENOSYS else "userfaultfd is not permitted here")
+
+
 def pytest_collection_modifyitems(items):
     """Whatever runs a guest is marked so."""
     for item in items:
@@ -93,6 +107,8 @@ EXPECTED_SKIPS = [
     *([] if shutil.which("valgrind") else ["valgrind is missing"]),
     "iced-x86 is not installed",  # likewise, with kvmexit[faults]
     "this kernel has no userfaultfd",
+    "userfaultfd is not permitted here",
+    "everybody has userfaultfd on this machine",
     "this kernel has no VM type with private memory",
     "this VM type has private memory",
     "this kernel has no guest_memfd",  # in an ordinary VM

@@ -95,7 +95,7 @@ def test_no_example_is_forgotten():
     files = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*") if path.suffix in (".c", ".py", ".pyx")}
     assert files == {"guest.py", "echo.c", "handler_ctypes.py", "handler_cffi.py", "handler_numba.py", "handler_c/echomodule.c",
                      "handler_c/main.py", "handler_cython/echo_cython.pyx", "handler_cython/main.py", "embed/embed.c",
-                     "truncated_file.py"}  # test_faults.py has the last
+                     "truncated_file.py", "postcopy.py"}  # test_faults.py has the last but one
 
 
 # ---- what these languages can get wrong ----
@@ -159,3 +159,10 @@ def test_a_cython_function_of_another_signature_does_not_compile(tmp_path):
                           capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert re.findall(r"wrong.pyx:(\d+):\d+: Cannot assign type", done.stderr) == ["7", "8"]
+
+
+def test_postcopy(kvm, uffd):
+    done = subprocess.run([sys.executable, EXAMPLES / "postcopy.py", "4"], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                          capture_output=True, text=True, timeout=100, check=False)  # fmt: skip
+    assert done.returncode == 0, done
+    assert len(re.findall(r"postcopy: 4 MiB by .* pages/s, the same byte for byte\n", done.stdout)) == 3

@@ -112,6 +112,8 @@ EXPECTED_SKIPS = [
     "this kernel has no VM type with private memory",
     "this VM type has private memory",
     "this kernel has no guest_memfd",  # in an ordinary VM
+    "this kernel has no KVM_PRE_FAULT_MEMORY",
+    *([] if KERNEL >= (6, 12) else ["this kernel has no KVM_X86_QUIRK_SLOT_ZAP_ALL"]),
     "a guest's hypercall does not exit on this machine",
     *([] if sys.version_info < (3, 13) else ["numba is not installed"]),  # pyproject.toml spares the later ones its 80 MB
     *(["free-threaded", "cffi is not installed", "ziglang is missing"] if sysconfig.get_config_var("Py_GIL_DISABLED")

@@ -117,6 +117,10 @@ def convert_ranges(machine, guest, base):
                 assert even >= end or machine.host_sees(even, PAGE, shared)
         machine.ask(guest, gpa, size, private=False)
         assert guest.holds(gpa, PAGE, shared)
+        for page in {gpa, end - PAGE}:  # the private side: gone, or still there
+            machine.ask(guest, page, PAGE, private=True)
+            assert guest.holds(page, PAGE, 0 if machine.discard else 0x22)
+            machine.ask(guest, page, PAGE, private=False)
         guest.fill(gpa, size, 0x33)
         assert machine.host_sees(gpa, size, 0x33)
         machine.host_writes(gpa, size, 0x44)

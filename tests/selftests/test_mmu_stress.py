@@ -88,10 +88,12 @@ def test_mmu_stress(vm, how, vcpus):
     vm.memory.write(FLAG, b"\0")
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(machine.each, write_until)
-        machine.protect(READ)
-        fell.wait(60)  # each has had a fault, so that all of it is read-only
-        before = bytes(machine.memory[:])
-        vm.memory.write(FLAG, b"\1")
+        try:
+            machine.protect(READ)
+            fell.wait(60)  # each has had a fault, so that all of it is read-only
+            before = bytes(machine.memory[:])
+        finally:
+            vm.memory.write(FLAG, b"\1")
         writing.result(120)
     for guest in machine.guests:
         gpa, seen = GPA + guest.vcpu.id * size, faults[guest.vcpu]

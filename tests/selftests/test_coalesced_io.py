@@ -47,7 +47,7 @@ class Coalesced:
         return self.vcpu.run(timeout=60)
 
     def posted(self):
-        return [entry[:1] + (entry.size, entry.data) for entry in self.ring.drain()]
+        return [(entry.address, entry.size, entry.data) for entry in self.ring.drain()]
 
     def at_sync(self):
         """Whether the guest's next exit is the end of its round, with nothing posted."""

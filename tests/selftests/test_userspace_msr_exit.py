@@ -134,7 +134,8 @@ def allowed(call, *arguments):
     try:
         call(*arguments)
     except KvmError as error:
-        assert error.errno == errno.EINVAL
+        if error.errno != errno.EINVAL:
+            raise
         return False
     return True
 

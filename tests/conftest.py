@@ -128,6 +128,8 @@ EXPECTED_SKIPS = [
     "this kernel's KVM has no Hyper-V",  # nor Xen: a choice when it is configured; the lab's has both
     "this kernel's KVM has no Xen",
     "a guest has no SVM on this machine",
+    "RLIMIT_NOFILE is",
+    *([] if KERNEL >= (6, 1) else ["this kernel has no KVM_CAP_"]),
     *([] if sys.version_info < (3, 13) else ["numba is not installed"]),  # pyproject.toml spares the later ones its 80 MB
     *(["free-threaded", "cffi is not installed", "ziglang is missing"] if sysconfig.get_config_var("Py_GIL_DISABLED")
       else ["this Python has a GIL"]),

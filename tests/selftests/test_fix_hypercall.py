@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("hypercalls")
 def guest(vm):
     """One that can be told to leave the instruction alone."""
     if not vm.check(DISABLE_QUIRKS2) & FIX_HYPERCALL_INSN:
-        pytest.skip("this kernel's KVM_CAP_DISABLE_QUIRKS2 has not this quirk")
+        pytest.skip("this kernel has no KVM_CAP_DISABLE_QUIRKS2 for this quirk")
     vm.create_irqchip()
     return Guest(vm)
 

@@ -18,7 +18,7 @@ from kvmexit import KvmError
 
 SET_BOOT_CPU_ID_CAP, MAX_VCPUS, MAX_VCPU_ID = 34, 66, 128
 SET_BOOT_CPU_ID = 0xAE78
-BOUND = 5  # seconds: a slow machine, such as the lab, creates as many as it can in this time
+BOUND = 3  # seconds: a slow machine, such as the lab, creates as many as it can in this time
 
 
 @pytest.fixture

@@ -97,7 +97,8 @@ _Static_assert(sizeof(struct kvmexit_uffd_msg) == 32, "struct uffd_msg");
 enum { KVMEXIT_MISSING, KVMEXIT_PRESENT, KVMEXIT_FAILED }; /* state of a page */
 enum { KVMEXIT_FROM_MEMORY, KVMEXIT_FROM_FILE, KVMEXIT_FROM_STREAM, KVMEXIT_FROM_CALL };
 enum { /* why a source gave nothing */
-    KVMEXIT_GAVE, KVMEXIT_SHORT, KVMEXIT_LONG, KVMEXIT_CLOSED, KVMEXIT_ERRNO, KVMEXIT_RAISED, KVMEXIT_UNFILLED, KVMEXIT_STOPPED
+    KVMEXIT_GAVE, KVMEXIT_SHORT, KVMEXIT_LONG, KVMEXIT_CLOSED, KVMEXIT_ERRNO, KVMEXIT_RAISED, /* its own doing */
+    KVMEXIT_UNFILLED, KVMEXIT_UNSHARED, KVMEXIT_STOPPED
 };
 enum { KVMEXIT_WANTED, KVMEXIT_FETCHED, KVMEXIT_UNFETCHED, KVMEXIT_SEALED }; /* what becomes of a prefetch */
 enum { /* and of a page that a handler waits for */
@@ -348,7 +349,7 @@ static int kvmexit_pager_ask_call(struct kvmexit_pager *p, uint64_t offset, uint
 /* Ask the source for pages and fill them in; -> KVMEXIT_GAVE, or why not, with *f. */
 static int kvmexit_pager_supply(struct kvmexit_pager *p, uint64_t first, uint64_t pages, struct kvmexit_pager_failure *f)
 {
-    uint64_t offset = p->offset + first * KVMEXIT_PAGER_PAGE, size = pages * KVMEXIT_PAGER_PAGE, done;
+    uint64_t offset = p->offset + first * KVMEXIT_PAGER_PAGE, size = pages * KVMEXIT_PAGER_PAGE, i;
     const char *data = p->buffer;
     int why = KVMEXIT_GAVE, error;
     *f = (struct kvmexit_pager_failure){.page = first, .pages = pages};
@@ -368,13 +369,14 @@ static int kvmexit_pager_supply(struct kvmexit_pager *p, uint64_t first, uint64_
     } else if (why == KVMEXIT_GAVE) {
         p->fetches++;
         error = kvmexit_pager_fill(p, first, pages, data);
-        if (!error && p->annotate && (error = p->annotate(p->attributes, first, pages, 0)))
-            for (done = first; done < first + pages; done++)
-                kvmexit_pager_mark(p, done, KVMEXIT_MISSING); /* to the guest it is: what comes next finds it there */
         if (error) {
-            f->error = error;
             why = KVMEXIT_UNFILLED;
+        } else if (p->annotate && (error = p->annotate(p->attributes, first, pages, 0))) {
+            why = KVMEXIT_UNSHARED;
+            for (i = first; i < first + pages; i++)
+                kvmexit_pager_mark(p, i, KVMEXIT_MISSING); /* to the guest it is: who asks again finds it in place */
         }
+        f->error = error;
     }
     pthread_mutex_unlock(&p->lock);
     return f->why = why;

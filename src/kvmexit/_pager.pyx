@@ -100,6 +100,7 @@ cdef struct Guest:  # whose vCPUs' faults bring pages in
     Converter *converter
     Region *region  # of the slot, to know it by: it may be removed
     uint64_t gpa
+    bint readonly
     int *users      # of the VM's Handle, and ...
     bint *closed    # ... whether it is closed
 
@@ -144,7 +145,8 @@ cdef class Worker:
         if slot is not None:
             self.p.by_faults = True
             self.slot, self.conversions, self.handle = slot, vm_memory.conversions, vm_memory.handle
-            self.guest = Guest(&self.p, &self.conversions.c, &slot.region, slot.gpa, &self.handle.users, &self.handle.closed)
+            self.guest = Guest(&self.p, &self.conversions.c, &slot.region, slot.gpa, slot.readonly, &self.handle.users,
+                               &self.handle.closed)
             self.p.attributes = &self.guest
         if on_error is not None:
             self.p.tell = tell
@@ -160,7 +162,7 @@ cdef class Worker:
             close(self.p.uffd)  # nothing of this memory is ours to seal
             self.p.uffd = -1
             raise KvmError(error, "UFFDIO_REGISTER", _NOT_REGISTERED.get(error, ""))
-        if slot is not None and self.conversions.c.backend != NULL and not vm_memory.rebinds:
+        if slot is not None and says_where(vm_memory):
             with nogil:
                 error = annotate(&self.guest, 0, self.p.pages, True)
             if error:
@@ -231,11 +233,6 @@ cdef class Worker:
             raise Error("this Pager was closed meanwhile")
         return None
 
-    @property
-    def annotated(self):
-        """Whether KVM says of which page an access failed."""
-        return self.p.annotate != NULL
-
     def lacks(self, uint64_t page):
         """Whether a page is missing or failed, as far as is known here."""
         cdef bint lacks
@@ -295,6 +292,11 @@ cdef class Worker:
         return found
 
 
+def says_where(Memory memory):
+    """Whether KVM says of which page an access failed, since this VM has memory attributes."""
+    return memory.converter.backend != NULL and not memory.rebinds
+
+
 cdef int annotate(void *context, uint64_t first, uint64_t pages, int private) noexcept nogil:
     """Make pages PRIVATE, or shared, for KVM. The shadow has them as shared either way: the slot has no private side. -> 0, or
     errno. Of a closed VM nothing, which waits for who is counted."""
@@ -333,7 +335,7 @@ cdef int bring_in(kvmexit_exit *exit, void *opaque) noexcept nogil:
     if exit.address < g.gpa or offset >> PAGE_SHIFT >= p.pages:
         return KVMEXIT_PASS
     if mmio:
-        if offset & (KVMEXIT_PAGER_PAGE - 1) > KVMEXIT_PAGER_PAGE - exit.size or (exit.is_write and not p.prot & PROT_WRITE):
+        if offset & (KVMEXIT_PAGER_PAGE - 1) > KVMEXIT_PAGER_PAGE - exit.size or (exit.is_write and g.readonly):
             return KVMEXIT_PASS  # KVM splits what crosses pages
     elif exit.reason != KVM_EXIT_MEMORY_FAULT or exit.error != EFAULT:
         return KVMEXIT_PASS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import errno as errnos
 import mmap
 import os
 import stat
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, cast
 
 from kvmexit._exits import MemoryFault, Mmio, UnexplainedFault
 from kvmexit._memory import Slot
-from kvmexit._pager import AWAITED, BROUGHT, WAS_THERE, WITHHELD, BringIn, Worker
+from kvmexit._pager import AWAITED, BROUGHT, WAS_THERE, WITHHELD, BringIn, Worker, says_where
 from kvmexit.errors import Error
 from kvmexit.faults import _operands
 from kvmexit.faults._explain import FIRST, Look
@@ -45,7 +45,7 @@ __all__ = ["Pager", "PagerError", "PagerStats"]
 _PAGE = mmap.PAGESIZE
 _LARGEST = 2 << 20
 _PATIENCE = 1.0  # seconds that close() waits for a callable that does not return
-_SHORT, _LONG, _CLOSED, _ERRNO, _RAISED = range(1, 6)  # as in _pager.h
+_SHORT, _LONG, _CLOSED, _ERRNO, _RAISED, _UNFILLED, _UNSHARED = range(1, 8)  # as in _pager.h
 
 
 class PagerError(Error):
@@ -157,9 +157,6 @@ class Pager:
         self._finalizer = weakref.finalize(self, _end, self._worker, routes)  # and where the interpreter exits
         try:
             if vm is not None and isinstance(slot, Slot):
-                if not self._worker.annotated and _operands.decoder_missing():
-                    raise Error("KVM does not say here which page was missing, and to find it mode='faults' needs "
-                                "iced-x86: pip install 'kvmexit[faults]'; or use mode='userfaultfd'")  # fmt: skip
                 _Faults(self._worker, slot, self._offset, on_error is not None).register(vm, routes)
             self._thread.start()
         except BaseException:
@@ -273,7 +270,7 @@ class _Faults:
         routes.append(vm.on(UnexplainedFault, self.bare))
         for handler in (self.failed, native):  # the newest is called first
             routes.append(vm.on_mmio(gpa, size, handler))
-            if self.worker.annotated:
+            if says_where(vm.memory):
                 routes.append(vm.on_memory_fault(gpa, size, handler))
 
     def failed(self, vcpu: Vcpu, exit: MemoryFault | Mmio) -> object:
@@ -290,7 +287,7 @@ class _Faults:
         )
 
     def bare(self, vcpu: Vcpu, fault: UnexplainedFault) -> object:
-        if fault.errno != errno.EFAULT or not any(slot is self.slot for slot in vcpu.vm.memory.slots):
+        if fault.errno != errnos.EFAULT or not any(slot is self.slot for slot in vcpu.vm.memory.slots):
             return PASS
         host = _Host(self.worker, self.slot)
         look = Look(vcpu, host)
@@ -357,6 +354,9 @@ def _guest_of(mode: str, slot: Slot | Buffer, vm: VM | None) -> tuple[()] | tupl
         raise ValueError("mode='faults' answers the faults of vCPUs: give their vm=")
     if not any(slot is one for one in vm.memory.slots):
         raise ValueError(f"{slot!r} is not in the memory of {vm!r}")
+    if not says_where(vm.memory) and _operands.decoder_missing():
+        raise Error("KVM does not say here which page was missing, and to find it mode='faults' needs iced-x86: "
+                    "pip install 'kvmexit[faults]'; or use mode='userfaultfd'")  # fmt: skip
     return slot, vm.memory
 
 
@@ -437,12 +437,13 @@ def _last_error(worker: Worker, gpa: int, offset: int, at: int) -> PagerError | 
 def _error(failure: _Failure, gpa: int, offset: int) -> PagerError:
     page, pages, why, error, got, raised = failure
     at, size = page * _PAGE, pages * _PAGE
+    call = {_UNFILLED: " from UFFDIO_COPY", _UNSHARED: " from KVM_SET_MEMORY_ATTRIBUTES"}.get(why, "")
     text = {
         _SHORT: f"it gave {got:#x} of {size:#x} bytes",
         _LONG: f"it gave more than the {size:#x} bytes it was asked for",
         _CLOSED: "the other side closed it",
         _RAISED: f"it raised {raised!r}",
-    }.get(why, f"{os.strerror(error)} (errno {error})" + (" from UFFDIO_COPY" if why > _RAISED else ""))
+    }.get(why, f"{os.strerror(error)} (errno {error}){call}")
     made = PagerError(gpa + at, size, offset + at, text, error or None)
     made.__cause__ = raised if raised is not None else OSError(error, os.strerror(error)) if error else None
     return made

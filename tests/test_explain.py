@@ -706,6 +706,29 @@ def test_a_running_vcpu_is_busy(scripted):
     thread.join()
 
 
+@pytest.mark.parametrize("step", [mmio_read(BAD, 8), memory_fault(BAD)])
+def test_an_exit_with_an_address_that_a_handler_of_another_thread_has_is_busy(scripted, step):
+    """Nothing of these needs the vCPU's registers; and still they are the vCPU's thread's."""
+    raised = []
+
+    @scripted.on(kvmexit.Exit)
+    def handler(vcpu, exit):
+        def elsewhere():
+            try:
+                exit.explain(vcpu)
+            except kvmexit.VcpuBusyError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert exit.explain(vcpu).cause is Cause.NO_SLOT  # it is ours
+        return kvmexit.STOP
+
+    scripted.create_vcpu(0, [step]).run()
+    assert len(raised) == 1
+
+
 @pytest.mark.parametrize("type", [kvmexit.VMType.SEV, kvmexit.VMType.SEV_ES, kvmexit.VMType.SNP, kvmexit.VMType.TDX])
 def test_a_protected_guest_does_not_show(type):
     """A clear error."""

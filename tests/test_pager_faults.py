@@ -589,7 +589,7 @@ def test_run_raises_and_goes_on(real):
         assert pager.stats.errors == 3
 
 
-def test_the_guest_can_be_told(real):
+def test_the_guest_can_be_told(real, iced):
     """on_error, and a handler that is older than the Pager: here it has the guest pass over what reads a lost page."""
     vcpu = load(real, WALK)
     slot = real.memory.add(DATA, len(PATTERN))
@@ -601,7 +601,6 @@ def test_the_guest_can_be_told(real):
         lost.append((fault.gpa, str(pager.error_at(fault.gpa)).partition(": ")[2]))
         fault.skip()
 
-    pytest.importorskip("iced_x86", reason="iced-x86 is not installed")
     with Pager(slot, fails_at(20, 77), mode="faults", vm=real, on_error=told.append, window=PAGE) as pager:
         assert isinstance(vcpu.run(timeout=60), kvmexit.Io)
     assert lost == [(DATA + number * PAGE, "it raised LookupError('gone')") for number in (20, 77)]
@@ -646,6 +645,22 @@ ACCESSES = {
     "lock add": ("f0 48 01 03" + OUT, [40], {"rbx": DATA + 40 * PAGE + 64}),
     "call through memory": ("ff 13", [50, 0], {"rbx": DATA + 50 * PAGE, "rsp": DATA + 60 * PAGE}),
 }  # fmt: skip
+
+
+def test_code_that_kvm_emulates(bare):
+    vcpu = load(bare, b"", cpl=0)
+    code = bytes.fromhex("48 ff c0" * 3 + OUT)  # inc rax; ...
+    slot = bare.memory.add(DATA, len(PATTERN))
+    vcpu.regs.rip, vcpu.regs.rax = DATA + PAGE - 5, 0
+    data = bytearray(PATTERN)
+    data[PAGE - 5 : PAGE - 5 + len(code)] = code
+    with Pager(slot, data, window=PAGE, mode="faults", vm=bare) as pager:
+        assert isinstance(vcpu.run(timeout=60), kvmexit.Io)
+        assert vcpu.regs.rax == 3
+        assert pager.stats.pages == 2
+        bare.memory.write(DATA, b"\x0f\xff\xff")  # ud0: an emulation that really fails
+        vcpu.regs.rip = DATA
+        assert not isinstance(vcpu.run(timeout=60), kvmexit.Interrupted)
 
 
 @pytest.mark.parametrize("what", ACCESSES)

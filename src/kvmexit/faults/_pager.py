@@ -12,7 +12,7 @@ from collections.abc import Callable
 from operator import index, itemgetter
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, cast
 
-from kvmexit._exits import MemoryFault, Mmio, UnexplainedFault
+from kvmexit._exits import InternalError, MemoryFault, Mmio, UnexplainedFault
 from kvmexit._memory import Slot
 from kvmexit._pager import AWAITED, BROUGHT, WAS_THERE, WITHHELD, BringIn, Worker, says_where
 from kvmexit.errors import Error
@@ -44,6 +44,7 @@ __all__ = ["Pager", "PagerError", "PagerStats"]
 
 _PAGE = mmap.PAGESIZE
 _LARGEST = 2 << 20
+_EMULATION = 1  # suberror of InternalError
 _PATIENCE = 1.0  # seconds that close() waits for a callable that does not return
 _SHORT, _LONG, _CLOSED, _ERRNO, _RAISED, _UNFILLED, _UNSHARED = range(1, 8)  # as in _pager.h
 
@@ -268,6 +269,7 @@ class _Faults:
         gpa, size = self.slot.gpa, self.slot.size
         native = BringIn(self.worker)
         routes.append(vm.on(UnexplainedFault, self.bare))
+        routes.append(vm.on(InternalError, self.emulated))
         for handler in (self.failed, native):  # the newest is called first
             routes.append(vm.on_mmio(gpa, size, handler))
             if says_where(vm.memory):
@@ -287,7 +289,14 @@ class _Faults:
         )
 
     def bare(self, vcpu: Vcpu, fault: UnexplainedFault) -> object:
-        if fault.errno != errnos.EFAULT or not any(slot is self.slot for slot in vcpu.vm.memory.slots):
+        return self.find(vcpu) if fault.errno == errnos.EFAULT else PASS
+
+    def emulated(self, vcpu: Vcpu, error: InternalError) -> object:
+        """KVM could not read the instruction that it was to emulate, and has left everything as it was."""
+        return self.find(vcpu) if error.suberror == _EMULATION else PASS
+
+    def find(self, vcpu: Vcpu) -> object:
+        if not any(slot is self.slot for slot in vcpu.vm.memory.slots):
             return PASS
         host = _Host(self.worker, self.slot)
         look = Look(vcpu, host)

@@ -11,7 +11,7 @@ import time
 import weakref
 
 import pytest
-from guests import CODE, load, stress
+from guests import CODE, Typed, load, stress
 from processes import in_thread, needs_gil, python
 from test_pager import DATA, PAGE, PAGES, PATTERN, WALK, Touch, aim, source, words
 
@@ -475,15 +475,23 @@ def test_bad_arguments(guest, scripted):
             Pager(slot, PATTERN, **{"mode": "faults", "vm": guest.vm, **options})
 
 
-def test_without_iced_x86_it_says_so(guest, monkeypatch, request):
+def test_without_iced_x86_it_says_so(guest, vm, monkeypatch):
     monkeypatch.setitem(sys.modules, "iced_x86", None)
     with guest.pager():
         pass  # KVM says the address
-    vm = request.getfixturevalue("vm")
     slot = vm.memory.add(DATA, PAGE)
     with pytest.raises(Error, match=r"kvmexit\[faults\].*or use mode='userfaultfd'"):
         Pager(slot, bytes(PAGE), mode="faults", vm=vm)
     assert Touch(slot.view)(0) == bytes(PAGE)
+
+
+def test_a_guest_that_shows_nothing(guest):
+    with Typed(kvmexit.VMType.SEV, kvmexit.SlotRebind()) as vm, pytest.raises(ValueError, match="a SEV guest's registers do not show"):
+        Pager(vm.memory.add(DATA, PAGE), PATTERN, mode="faults", vm=vm)
+    with Typed(kvmexit.VMType.SNP, RecordedAttributes()) as vm:
+        with Pager(vm.memory.add(DATA, PAGE), PATTERN, mode="faults", vm=vm):
+            vcpu = vm.create_vcpu(0, [memory_fault(DATA), failure(errno.EFAULT)])
+            assert isinstance(vcpu.run(), kvmexit.UnexplainedFault)
 
 
 UNPRIVILEGED = """
@@ -510,7 +518,7 @@ def test_it_needs_no_privilege():
 
 
 @pytest.fixture(params=["bare", "annotated"])
-def real(request):
+def real(request, kvm):
     """A VM on /dev/kvm whose faults have no address, or have one."""
     if request.param == "bare":
         request.getfixturevalue("iced")

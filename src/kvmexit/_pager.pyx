@@ -246,8 +246,8 @@ cdef class Worker:
         cdef int outcome
         with nogil:
             outcome = kvmexit_pager_bring(&self.p, page, TICK_MS)
-            if outcome == KVMEXIT_AWAITED:
-                kvmexit_next_generation(&self.conversions.c.generation)  # no loop, however often it comes again
+            if outcome == KVMEXIT_AWAITED or outcome == KVMEXIT_BROUGHT:
+                kvmexit_next_generation(&self.conversions.c.generation)  # no loop, however often the fault comes again
         return outcome
 
     def retry(self, uint64_t first, uint64_t pages):

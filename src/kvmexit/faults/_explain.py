@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Candidate", "Explanation", "as_memory", "explain"]
 
-_PROTECTED = (VMType.SEV, VMType.SEV_ES, VMType.SNP, VMType.TDX)
+PROTECTED = (VMType.SEV, VMType.SEV_ES, VMType.SNP, VMType.TDX)
 _EHWPOISON = 133
 _NO_FAULT = (Cause.NO_SLOT, Cause.READONLY_SLOT)  # these exit as MMIO
 _GATES, _DESCRIPTORS, _TSS = 0x1000, 0x10000, 0x3000  # bytes of IDT, GDT and LDT, TSS that the processor ever looks at
@@ -146,7 +146,7 @@ def explain(vcpu: Vcpu) -> Explanation:
     if not last or last[0].reason is not None:
         found = f"its last exit is {last[0].reason!r}" if last else "it has not had an exit"
         raise Error(f"there is no fault of {vcpu!r} to explain: {found}")
-    if vcpu.vm.type in _PROTECTED:
+    if vcpu.vm.type in PROTECTED:
         raise Error(f"a {vcpu.vm.type.name} guest's registers and memory do not show: its faults cannot be explained")
     look = Look(vcpu)
     rip = look.state.regs["rip"]

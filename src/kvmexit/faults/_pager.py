@@ -10,14 +10,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from operator import index, itemgetter
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self, cast
 
 from kvmexit._exits import InternalError, MemoryFault, Mmio, UnexplainedFault
 from kvmexit._memory import Slot
 from kvmexit._pager import AWAITED, BROUGHT, WAS_THERE, WITHHELD, BringIn, Worker, says_where
 from kvmexit.errors import Error
 from kvmexit.faults import _operands
-from kvmexit.faults._explain import FIRST, Look
+from kvmexit.faults._explain import FIRST, PROTECTED, Look
 from kvmexit.faults._reach import Cause
 from kvmexit.handlers import PASS
 
@@ -134,7 +134,7 @@ class Pager:
         offset: int = 0,
         window: int = 64 << 10,
         on_error: Callable[[PagerError], object] | None = None,
-        mode: str = "userfaultfd",
+        mode: Literal["userfaultfd", "faults"] = "userfaultfd",
         vm: VM | None = None,
     ) -> None:
         memory, self._gpa = _memory_of(slot)
@@ -296,7 +296,7 @@ class _Faults:
         return self.find(vcpu) if error.suberror == _EMULATION else PASS
 
     def find(self, vcpu: Vcpu) -> object:
-        if not any(slot is self.slot for slot in vcpu.vm.memory.slots):
+        if vcpu.vm.type in PROTECTED or not any(slot is self.slot for slot in vcpu.vm.memory.slots):
             return PASS
         host = _Host(self.worker, self.slot)
         look = Look(vcpu, host)
@@ -363,6 +363,9 @@ def _guest_of(mode: str, slot: Slot | Buffer, vm: VM | None) -> tuple[()] | tupl
         raise ValueError("mode='faults' answers the faults of vCPUs: give their vm=")
     if not any(slot is one for one in vm.memory.slots):
         raise ValueError(f"{slot!r} is not in the memory of {vm!r}")
+    if not says_where(vm.memory) and vm.type in PROTECTED:
+        raise ValueError(f"KVM does not say here which page was missing, and a {vm.type.name} guest's registers do not "
+                         "show: use mode='userfaultfd'")  # fmt: skip
     if not says_where(vm.memory) and _operands.decoder_missing():
         raise Error("KVM does not say here which page was missing, and to find it mode='faults' needs iced-x86: "
                     "pip install 'kvmexit[faults]'; or use mode='userfaultfd'")  # fmt: skip

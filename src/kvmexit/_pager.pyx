@@ -107,7 +107,7 @@ cdef struct Guest:  # whose vCPUs' faults bring pages in
 
 @cython.final
 cdef class Worker:
-    """Fills `memory` from a source: serve() in a thread of its own, until stop(). `slot`, `vm_memory`: where that is by faults.
+    """Fills `memory` from a source: serve() in a thread of its own, until stop(). `slot`, `vm_memory`: of mode="faults".
 
     `source` is, by `kind`, a buffer, or a callable; else `read_fd` and `write_fd`, which it owns, are. Nothing here refers
     to the Pager, so that one that is dropped goes, and its thread after it.
@@ -335,8 +335,10 @@ cdef int bring_in(kvmexit_exit *exit, void *opaque) noexcept nogil:
     if exit.address < g.gpa or offset >> PAGE_SHIFT >= p.pages:
         return KVMEXIT_PASS
     if mmio:
-        if offset & (KVMEXIT_PAGER_PAGE - 1) > KVMEXIT_PAGER_PAGE - exit.size or (exit.is_write and g.readonly):
+        if offset & (KVMEXIT_PAGER_PAGE - 1) > KVMEXIT_PAGER_PAGE - exit.size:
             return KVMEXIT_PASS  # KVM splits what crosses pages
+        if exit.is_write and g.readonly:
+            return KVMEXIT_PASS
     elif exit.reason != KVM_EXIT_MEMORY_FAULT or exit.error != EFAULT:
         return KVMEXIT_PASS
     if not has_slot(g):

@@ -171,7 +171,10 @@ def as_memory(vcpu: Vcpu, access: Mmio) -> bytes | object | None:
 
 
 class Look:
-    """One look at a vCPU. host: what can be reached; the host as it is, unless given. found: candidates by page and access, with their ranks. doubts: why nothing is certain."""
+    """One look at a vCPU. host: says what can be reached; None: the host as it is.
+
+    found: candidates by page and access, with their ranks. doubts: why nothing is certain.
+    """
 
     def __init__(self, vcpu: Vcpu, host: _AsHost | None = None) -> None:
         self.vcpu, self.memory = vcpu, vcpu.vm.memory

@@ -73,8 +73,8 @@ class PagerError(Error):
 class PagerStats(NamedTuple):
     """What a Pager did.
 
-    faults: the kernel's messages, or pages that vCPUs' handlers asked for; several where several touch one page. fetches:
-    answers of the source. pages, bytes: filled. errors: pages that failed. missing: pages not known to be there.
+    faults: the kernel's messages, or what vCPUs' handlers asked for; several where several threads touch one page.
+    fetches: answers of the source. pages, bytes: filled. errors: pages that failed. missing: pages not known to be there.
     """
 
     faults: int
@@ -110,10 +110,10 @@ class Pager:
     as the one page that was touched; a stream that closed, or gave too much, is not asked again.
 
     **mode="faults"**, with the slot's vm=: nobody waits in the kernel. What is missing fails, and handlers of the vm's
-    vCPUs bring it: native ones of MMIO, and of memory faults where the VM has memory attributes; else explain() finds the
-    page, by iced-x86. It needs no privilege. memory.read() and write() raise KvmError for what is missing, views are a
-    SIGBUS: prefetch() first. What the source does not give, run() raises as PagerError, the vCPU being where it was; with
-    on_error the exit goes on to the next handler, or the caller. A source that blocks holds up no kick.
+    vCPUs bring it: native ones of MMIO, and of memory faults where the VM has memory attributes; else explain() finds
+    the page, by iced-x86. It needs no privilege. memory.read() and write() raise KvmError for what is missing, views are
+    a SIGBUS: prefetch() first. What the source does not give, run() raises as PagerError, and the vCPU is where it was;
+    with on_error the exit goes on to the next handler, or the caller. A source that blocks holds up no kick.
 
     **The end.** close(), or the end of a with block, or the last reference going: nothing is filled any more, and pages
     that never came become inaccessible too, instead of zeros. fill_all() first, and the source may go. A vCPU that
@@ -121,8 +121,8 @@ class Pager:
     slot *with* it: where the source is a callable, or in this process, touching a missing page by a view is a deadlock.
 
     Raises ValueError and TypeError for arguments that do not fit, KvmError where userfaultfd is not to be had (it says
-    what would allow it) or not for this memory, OSError where the file cannot be opened, Error where mode="faults" has no
-    iced-x86 and needs it.
+    what would allow it) or not for this memory, OSError where the file cannot be opened, Error where mode="faults"
+    needs iced-x86 and has it not.
     Source: Documentation/admin-guide/mm/userfaultfd.rst.
     """
 
@@ -255,10 +255,10 @@ class Pager:
 class _Faults:
     """What handlers of mode="faults" do that is not native. Refers to no Pager, so that one that is dropped goes.
 
-    A bare fault says no address: explain()'s part that finds what the instruction may touch is asked, with this in the
-    place of the host: only the slot's missing pages cannot be reached. Each fault brings one page, the likeliest; if that was
-    not it, the guest faults again, and it is the next. Where none is missing any more another vCPU may have been faster:
-    then the guest tries once more, and again only after something else was filled. So no fault repeats without a page.
+    A bare fault says no address: what explain() looks at is asked, with a _Host in place of the host. Each fault brings
+    one page, the likeliest; if that was not it, the guest faults again, and it is the next one's turn. Where none is
+    missing any more another vCPU may have been faster: then the guest tries once more, and again only after something
+    else was filled. So no fault repeats without a page.
     """
 
     def __init__(self, worker: Worker, slot: Slot, offset: int, told: bool) -> None:

@@ -74,7 +74,8 @@ class PagerStats(NamedTuple):
     """What a Pager did.
 
     faults: the kernel's messages, or what vCPUs' handlers asked for; several where several threads touch one page.
-    fetches: answers of the source. pages, bytes: filled. errors: pages that failed. missing: pages not known to be there.
+    fetches: answers of the source. pages, bytes: filled. errors: pages that failed. missing: pages not known to be
+    there.
     """
 
     faults: int
@@ -111,9 +112,9 @@ class Pager:
 
     **mode="faults"**, with the slot's vm=: nobody waits in the kernel. What is missing fails, and handlers of the vm's
     vCPUs bring it: native ones of MMIO, and of memory faults where the VM has memory attributes; else explain() finds
-    the page, by iced-x86. It needs no privilege. memory.read() and write() raise KvmError for what is missing, views are
-    a SIGBUS: prefetch() first. What the source does not give, run() raises as PagerError, and the vCPU is where it was;
-    with on_error the exit goes on to the next handler, or the caller. A source that blocks holds up no kick.
+    the page, by iced-x86. It needs no privilege. memory.read() and write() raise KvmError for what is missing, views
+    are a SIGBUS: prefetch() first. What the source does not give, run() raises as PagerError, and the vCPU is where it
+    was; with on_error the exit goes on to the next handler, or the caller. A source that blocks holds up no kick.
 
     **The end.** close(), or the end of a with block, or the last reference going: nothing is filled any more, and pages
     that never came become inaccessible too, instead of zeros. fill_all() first, and the source may go. A vCPU that

@@ -285,6 +285,22 @@ def test_kvm_refuses_the_attributes(tmp_path):
         assert [guest.touch(number) for number in range(4, 8)] == [page(number) for number in range(4, 8)]
 
 
+def test_a_window_of_which_a_part_came(guest, tmp_path):
+    """What came of it is PRIVATE still, until it is asked for."""
+    path = tmp_path / "source"
+    path.write_bytes(PATTERN)
+    with open(path, "r+b") as file:
+        given = mmap.mmap(file.fileno(), 0)
+        os.truncate(path, 6 * PAGE)
+    with guest.pager(given):
+        vcpu = guest.vcpu(fault(5), fault(4), fault(6))
+        with pytest.raises(PagerError, match="Bad address .* from UFFDIO_COPY") as caught:
+            vcpu.run()
+        assert caught.value.gpa == DATA + 6 * PAGE
+        assert guest.calls[1:] == [(5, 1, False), (4, 1, False)]
+        assert (guest.touch(4), guest.touch(5)) == (page(4), page(5))
+
+
 def test_a_window_that_kvm_refuses_comes_as_a_page():
     guest = Guest({2: errno.ENOMEM})
     with guest.vm, guest.pager() as pager:
@@ -331,6 +347,25 @@ def test_a_source_that_blocks_does_not_hold_up_who_wants_the_vcpu(guest, step, h
         assert isinstance(exits[0], (kvmexit.MemoryFault, kvmexit.Mmio))
     go_on.set()
     pager.close()
+
+
+def test_an_mmio_read_that_was_interrupted_is_answered_later(guest):
+    asked, go_on = threading.Event(), threading.Event()
+
+    def give(offset, size):
+        asked.set()
+        go_on.wait(60)
+        return PATTERN[offset : offset + size]
+
+    with guest.pager(give):
+        vcpu = guest.vcpu(mmio_read(DATA + 5 * PAGE, 8))
+        kicker = in_thread(lambda: asked.wait(30) and vcpu.kick())
+        assert vcpu.run(timeout=60).cause == "kick"
+        kicker.join()
+        assert vcpu.run(timeout=0).cause == "timeout"
+        go_on.set()
+        assert isinstance(vcpu.run(timeout=60), kvmexit.Hlt)
+        assert guest.vm.script(vcpu).left(0)[0][8:16] == page(5)[:8]
 
 
 def test_a_source_that_takes_long_is_no_fault_loop(guest):

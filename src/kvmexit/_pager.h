@@ -369,13 +369,12 @@ static int kvmexit_pager_supply(struct kvmexit_pager *p, uint64_t first, uint64_
     } else if (why == KVMEXIT_GAVE) {
         p->fetches++;
         error = kvmexit_pager_fill(p, first, pages, data);
-        if (error) {
+        if (error)
             why = KVMEXIT_UNFILLED;
-        } else if (p->annotate && (error = p->annotate(p->attributes, first, pages, 0))) {
+        else if (p->annotate && (error = p->annotate(p->attributes, first, pages, 0)))
             why = KVMEXIT_UNSHARED;
-            for (i = first; i < first + pages; i++)
-                kvmexit_pager_mark(p, i, KVMEXIT_MISSING); /* to the guest it is: who asks again finds it in place */
-        }
+        for (i = first; error && p->annotate && i < first + pages; i++)
+            kvmexit_pager_mark(p, i, KVMEXIT_MISSING); /* to the guest it is: who asks again finds it in place */
         f->error = error;
     }
     pthread_mutex_unlock(&p->lock);

@@ -5,6 +5,7 @@ import gc
 import mmap
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ import weakref
 
 import pytest
 from guests import CODE, Typed, load, stress
-from processes import in_thread, needs_gil, python
+from processes import in_thread, needs_gil, python, unsanitized
 from test_explain import x86_64
 from test_pager import DATA, PAGE, PAGES, PATTERN, WALK, Touch, aim, source, words
 
@@ -67,8 +68,12 @@ class Guest:
         self.slot = self.vm.memory.add(DATA, len(PATTERN))
         self.touch = Touch(self.slot.view)
 
-    def pager(self, given=PATTERN, **options):
-        return Pager(self.slot, given, **{"mode": "faults", "vm": self.vm, "window": WINDOW, **options})
+    def pager(self, given=PATTERN, *, hasty=False, **options):
+        """hasty: a fault that takes long is raised anew; else, since a script does not do that, it is waited for."""
+        made = Pager(self.slot, given, **{"mode": "faults", "vm": self.vm, "window": WINDOW, **options})
+        if not hasty:
+            made._worker.wait_long(60_000)
+        return made
 
     def vcpu(self, *steps):
         return self.vm.create_vcpu(len(self.vm._scripts), (*steps, hlt()))
@@ -110,6 +115,26 @@ def test_what_the_host_reads_is_missing_and_no_zeros(guest):
             guest.vm.memory.write(DATA, b"x")
         pager.prefetch(DATA, PAGE)
         assert guest.vm.memory.read(DATA, 7) == PATTERN[:7]
+
+
+VIEW = """
+import resource
+from kvmexit import faults
+from kvmexit.testing import ScriptedVM
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+vm = ScriptedVM()
+slot = vm.memory.add(0, 8192)
+with faults.Pager(slot, b"x" * 8192, window=4096, mode="faults", vm=vm) as pager:
+    pager.prefetch(0, 4096)
+    print(slot[0], flush=True)
+    slot[4096]
+"""
+
+
+@unsanitized("it ends the process by a signal")
+def test_a_view_of_what_is_missing_is_a_sigbus_and_does_not_wait():
+    done = python(VIEW, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.SIGBUS, f"{ord('x')}\n")
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -181,7 +206,11 @@ def test_two_vcpus_on_one_page_are_one_question(guest):
 
     with guest.pager(give) as pager:
         vcpus = [guest.vcpu(fault(8)), guest.vcpu(pio_out(0x80, b"x"), fault(8))]
-        guest.vm.on_pio(0x80, 1, lambda vcpu, io: both.wait(30) and None)
+
+        @guest.vm.on_pio(0x80, 1)
+        def meet(vcpu, io):
+            both.wait(30)
+
         threads = [in_thread(lambda vcpu=vcpu: vcpu.run()) for vcpu in vcpus]
         for thread in threads:
             thread.join()
@@ -323,7 +352,7 @@ def test_a_source_that_blocks_does_not_hold_up_who_wants_the_vcpu(guest, step, h
         go_on.wait(60)
         return PATTERN[offset : offset + size]
 
-    pager = guest.pager(give)
+    pager = guest.pager(give, hasty=True)
     vcpu = guest.vcpu(*[step] * 3, spin())  # a fault that took long is raised anew
     thread = in_thread(lambda: exits.append(vcpu.run(timeout=0.01 if how == "timeout" else 60)))
     assert asked.wait(30)
@@ -358,7 +387,7 @@ def test_an_mmio_read_that_was_interrupted_is_answered_later(guest):
         go_on.wait(60)
         return PATTERN[offset : offset + size]
 
-    with guest.pager(give):
+    with guest.pager(give, hasty=True):
         vcpu = guest.vcpu(mmio_read(DATA + 5 * PAGE, 8))
         kicker = in_thread(lambda: asked.wait(30) and vcpu.kick())
         assert vcpu.run(timeout=60).cause == "kick"
@@ -378,7 +407,7 @@ def test_a_source_that_takes_long_is_no_fault_loop(guest):
         return PATTERN[offset : offset + size]
 
     guest.vm.on_pio(0x80, 1, lambda vcpu, io: entered.set())
-    with guest.pager(give) as pager:
+    with guest.pager(give, hasty=True) as pager:
         vcpu = guest.vcpu(*[fault(5)] * 4, pio_out(0x80, b"x"), fault(5))
         vcpu.fault_limit = 2
         thread = in_thread(vcpu.run)
@@ -472,7 +501,7 @@ def test_stress_scripted(kind, tmp_path):
         rng, guest = random.Random(round_), Guest()
         steps = [[fault(rng.randrange(PAGES)) if rng.random() < 0.8 else mmio_read(DATA + rng.randrange(PAGES) * PAGE, 8)
                   for _ in range(300)] for _ in range(3)]  # fmt: skip
-        with guest.vm, source(kind, PATTERN, tmp_path) as given, guest.pager(given, window=PAGE << rng.randrange(4)) as pager:
+        with guest.vm, source(kind, PATTERN, tmp_path) as given, guest.pager(given, hasty=True, window=PAGE << rng.randrange(4)) as pager:
             vcpus = [guest.vcpu(*those) for those in steps]
             ended = []
 

@@ -101,6 +101,7 @@ cdef struct Guest:  # whose vCPUs' faults bring pages in
     Region *region  # of the slot, to know it by: it may be removed
     uint64_t gpa
     bint readonly
+    int tick_ms     # that a handler waits at most
     int *users      # of the VM's Handle, and ...
     bint *closed    # ... whether it is closed
 
@@ -145,8 +146,8 @@ cdef class Worker:
         if slot is not None:
             self.p.by_faults = True
             self.slot, self.conversions, self.handle = slot, vm_memory.conversions, vm_memory.handle
-            self.guest = Guest(&self.p, &self.conversions.c, &slot.region, slot.gpa, slot.readonly, &self.handle.users,
-                               &self.handle.closed)
+            self.guest = Guest(&self.p, &self.conversions.c, &slot.region, slot.gpa, slot.readonly, TICK_MS,
+                               &self.handle.users, &self.handle.closed)
             self.p.attributes = &self.guest
         if on_error is not None:
             self.p.tell = tell
@@ -241,11 +242,15 @@ cdef class Worker:
         self.unlock()
         return lacks
 
+    def wait_long(self, int ms):
+        """For tests, where no vCPU faults anew: have handlers wait for so long."""
+        self.guest.tick_ms = ms
+
     def bring(self, uint64_t page):
         """Have a page brought, for a vCPU's handler. -> what became of it; AWAITED: it takes long, come back."""
         cdef int outcome
         with nogil:
-            outcome = kvmexit_pager_bring(&self.p, page, TICK_MS)
+            outcome = kvmexit_pager_bring(&self.p, page, self.guest.tick_ms)
             if outcome == KVMEXIT_AWAITED or outcome == KVMEXIT_BROUGHT:
                 kvmexit_next_generation(&self.conversions.c.generation)  # no loop, however often the fault comes again
         return outcome
@@ -326,7 +331,7 @@ cdef bint has_slot(Guest *g) noexcept nogil:
 
 cdef int bring_in(kvmexit_exit *exit, void *opaque) noexcept nogil:
     """A vCPU's access to a page that is not there: its page is brought, and an access that KVM left to us is made. What has
-    failed passes. A source that takes long does not hold up who wants the vCPU for longer than TICK_MS."""
+    failed passes. A source that takes long does not hold up who wants the vCPU for longer than `tick_ms`."""
     cdef Guest *g = <Guest *>opaque
     cdef kvmexit_pager *p = g.pager
     cdef uint64_t offset = exit.address - g.gpa
@@ -343,7 +348,7 @@ cdef int bring_in(kvmexit_exit *exit, void *opaque) noexcept nogil:
         return KVMEXIT_PASS
     if not has_slot(g):
         return KVMEXIT_PASS
-    outcome = kvmexit_pager_bring(p, offset >> PAGE_SHIFT, TICK_MS)
+    outcome = kvmexit_pager_bring(p, offset >> PAGE_SHIFT, g.tick_ms)
     if outcome == KVMEXIT_AWAITED:
         kvmexit_next_generation(&g.converter.generation)
         return KVMEXIT_LATER if mmio else KVMEXIT_DONE

@@ -363,7 +363,7 @@ def test_fetches_in_every_mode(guest, iced):
     guest.vcpu.regs.rip = 0x108 if guest.mode.bits == 16 else guest.bad + 8
     assert exit.rip == CODE if not guest.mode.levels else True
     prot(guest.slot.hva, 0)
-    look = _explain._Look(guest.vcpu).bare()
+    look = _explain.Look(guest.vcpu).bare()
     prot(guest.slot.hva, 3)
     assert (look.certain, look.gpa, look.gva, look.access) == (True, guest.slot.gpa + 8, guest.bad + 8, "fetch")
     assert look.instruction is None
@@ -439,13 +439,13 @@ def test_tables_that_change_while_they_are_read_are_no_certainty(scripted, iced,
     exit = guest.fault(bytes.fromhex("8b03"), rbx=guest.bad, rsp=guest.good + 0x800)
     prot(guest.slot.hva, 0)
     assert exit.explain(guest.vcpu).certain
-    delivery = _explain._Look.delivery
+    delivery = _explain.Look.delivery
 
     def meanwhile(look):
         guest.map(guest.bad, SPARE)
         return delivery(look)
 
-    monkeypatch.setattr(_explain._Look, "delivery", meanwhile)
+    monkeypatch.setattr(_explain.Look, "delivery", meanwhile)
     said = exit.explain(guest.vcpu)
     assert (said.certain, said.gpa, said.notes) == (False, BAD, ("the page tables changed meanwhile",))
     prot(guest.slot.hva, 3)
@@ -624,7 +624,7 @@ def test_tables_that_lead_to_themselves_or_nowhere(scripted, iced, table):
     said = exit.explain(vcpu)
     assert (said.certain, said.cause) == (False, Cause.NOTHING_FOUND)
     vcpu.regs.rip = 1 << 60
-    assert _explain._Look(vcpu).bare().candidates == ()
+    assert _explain.Look(vcpu).bare().candidates == ()
 
 
 @pytest.mark.parametrize(("code", "certain"), [
@@ -684,7 +684,7 @@ def test_no_state_of_a_guest_makes_it_fail_or_last(scripted):
             if chance.random() < 0.3:
                 entries = [chance.choice([*interesting, chance.getrandbits(64)]) | chance.choice([7, 0x87]) for _ in range(512)]
                 scripted.memory.write(gpa, struct.pack("<512Q", *(entry & (1 << 64) - 1 for entry in entries)))
-        said = _explain._Look(vcpu).bare()
+        said = _explain.Look(vcpu).bare()
         assert str(said)
         assert len(said.candidates) < 200
     prot(spoilt.hva, 3, 4)
@@ -704,6 +704,29 @@ def test_a_running_vcpu_is_busy(scripted):
         fault.explain(vcpu)
     vcpu.kick()
     thread.join()
+
+
+@pytest.mark.parametrize("step", [mmio_read(BAD, 8), memory_fault(BAD)])
+def test_an_exit_with_an_address_that_a_handler_of_another_thread_has_is_busy(scripted, step):
+    """Nothing of these needs the vCPU's registers; and still they are the vCPU's thread's."""
+    raised = []
+
+    @scripted.on(kvmexit.Exit)
+    def handler(vcpu, exit):
+        def elsewhere():
+            try:
+                exit.explain(vcpu)
+            except kvmexit.VcpuBusyError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert exit.explain(vcpu).cause is Cause.NO_SLOT  # it is ours
+        return kvmexit.STOP
+
+    scripted.create_vcpu(0, [step]).run()
+    assert len(raised) == 1
 
 
 @pytest.mark.parametrize("type", [kvmexit.VMType.SEV, kvmexit.VMType.SEV_ES, kvmexit.VMType.SNP, kvmexit.VMType.TDX])

@@ -132,7 +132,8 @@ def example(name, number):
     ("docs/native.md", 0, "scripted"), ("docs/native.md", 1, "scripted"), ("docs/kernelside.md", 0, "kvm"),
     ("docs/kernelside.md", 1, "kvm"), ("docs/kernelside.md", 2, "scripted"), ("docs/kernelside.md", 3, "kvm"),
     ("docs/stats.md", 0, "scripted"), ("docs/trace.md", 0, "scripted"), ("docs/testing.md", 0, "scripted"),
-    ("docs/testing.md", 1, "scripted"), ("docs/faults.md", 0, "kvm iced"), ("docs/paging.md", 0, "kvm uffd")])
+    ("docs/testing.md", 1, "scripted"), ("docs/faults.md", 0, "kvm iced"), ("docs/paging.md", 0, "kvm uffd"),
+    ("docs/paging.md", 1, "kvm iced")])
 def test_the_examples_run(name, number, needs, request, capsys):
     """As they stand there; the README's guest, of which it says nothing, writes to ports 0x3f8 and 0xf4."""
     for fixture in needs.split():

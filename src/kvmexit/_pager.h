@@ -6,9 +6,18 @@
  * asked for once, however many vCPUs touch it, the source answers one question at a time, and no fault waits for more of a
  * prefetch than one window.
  *
- * `lock` guards what others see of that: `state`, `missing`, failures, counts, the range wanted, `sealed`. It is held over
- * system calls on the memory, which wait for no page of it; never while the source is asked or the GIL awaited. The rest is
- * the worker's own, or settled before it starts.
+ * Faults come from the userfaultfd, where who touches a page waits in the kernel; or, `by_faults`, from the handlers of
+ * vCPUs whose KVM_RUN failed (kvmexit_pager_bring): the userfaultfd then has no messages, and every access of the kernel's to
+ * a page that is not there is EFAULT. Where the VM has memory attributes such pages are PRIVATE, too, so that KVM says which
+ * one it was: the slot has no private side, and a page becomes shared (`annotate`) once it is in place, before anybody is
+ * told. A handler waits for the worker with `changed`, and never for longer than its caller says. Where the source is memory
+ * or a file, and nobody is at it, it does the work itself instead: whoever asks the source and fills has `asking`, and a
+ * handler only tries it. `lock` is taken in it.
+ *
+ * `lock` guards what others see of that: `state`, `missing`, failures, counts, the range wanted, who waits, `sealed`. It is
+ * held over system calls on the memory and its attributes, which wait for no page of it; never while the source is asked or
+ * the GIL awaited. The converter's lock is taken in it, and never the other way round. The rest is settled before the worker
+ * starts, or its own, or theirs who have `asking`.
  *
  * What a guest can see. A page comes whole: UFFDIO_COPY puts it in place in one step, and wakes who waits for it then. A
  * page that is not to be had becomes PROT_NONE *before* who waits is woken, so they get EFAULT and not zeros, and do not fault
@@ -38,6 +47,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -66,6 +76,8 @@ _Static_assert(sizeof(struct kvmexit_uffd_copy) == 40, "struct uffdio_copy");
 _Static_assert(sizeof(struct kvmexit_uffd_msg) == 32, "struct uffd_msg");
 
 #define KVMEXIT_UFFD_API_VERSION 0xaa
+#define KVMEXIT_UFFD_USER_MODE_ONLY 1 /* of userfaultfd(2), since 5.11: told of nothing that needs a privilege */
+#define KVMEXIT_UFFD_FEATURE_SIGBUS (1 << 7)
 #define KVMEXIT_UFFD_MODE_MISSING 1
 #define KVMEXIT_UFFD_EVENT_PAGEFAULT 0x12
 #define KVMEXIT_UFFD_ZEROPAGE_BIT 4 /* in what may be done with a range: not with huge pages of hugetlbfs */
@@ -85,9 +97,13 @@ _Static_assert(sizeof(struct kvmexit_uffd_msg) == 32, "struct uffd_msg");
 enum { KVMEXIT_MISSING, KVMEXIT_PRESENT, KVMEXIT_FAILED }; /* state of a page */
 enum { KVMEXIT_FROM_MEMORY, KVMEXIT_FROM_FILE, KVMEXIT_FROM_STREAM, KVMEXIT_FROM_CALL };
 enum { /* why a source gave nothing */
-    KVMEXIT_GAVE, KVMEXIT_SHORT, KVMEXIT_LONG, KVMEXIT_CLOSED, KVMEXIT_ERRNO, KVMEXIT_RAISED, KVMEXIT_UNFILLED, KVMEXIT_STOPPED
+    KVMEXIT_GAVE, KVMEXIT_SHORT, KVMEXIT_LONG, KVMEXIT_CLOSED, KVMEXIT_ERRNO, KVMEXIT_RAISED, /* its own doing */
+    KVMEXIT_UNFILLED, KVMEXIT_UNSHARED, KVMEXIT_STOPPED
 };
 enum { KVMEXIT_WANTED, KVMEXIT_FETCHED, KVMEXIT_UNFETCHED, KVMEXIT_SEALED }; /* what becomes of a prefetch */
+enum { /* and of a page that a handler waits for */
+    KVMEXIT_AWAITED, KVMEXIT_BROUGHT, KVMEXIT_WAS_THERE, KVMEXIT_WITHHELD, KVMEXIT_ENDED
+};
 
 struct kvmexit_pager_failure {
     uint64_t page, pages; /* asked for, from the beginning of the memory */
@@ -96,21 +112,31 @@ struct kvmexit_pager_failure {
     int why, error;
 };
 
+struct kvmexit_pager_waiter { /* on the stack of who waits */
+    uint64_t page;
+    int outcome;
+    struct kvmexit_pager_waiter *next;
+};
+
 struct kvmexit_pager {
     char *base; /* of the memory */
     uint64_t pages, window; /* in pages; the window is a power of two */
-    int uffd, stop, bell, prot;
+    int uffd, stop, bell, prot, by_faults;
     int from, in, out;
     const char *source; /* memory */
     uint64_t offset;    /* of the source's first byte */
     char *buffer;
     int (*ask)(void *, uint64_t, uint64_t, char *, struct kvmexit_pager_failure *); /* the source, with the GIL */
-    void (*tell)(void *); /* that there is a failure, with the GIL; or NULL */
+    void (*tell)(void *, uint64_t); /* of a failure, by its number, with the GIL; or NULL */
     void *context;
+    int (*annotate)(void *, uint64_t, uint64_t, int); /* make pages PRIVATE, or shared: 0, or errno; or NULL */
+    void *attributes;
 
     int broken;       /* the worker's own: why the stream is out of step */
+    uint64_t told;    /* likewise: failures */
     sigset_t outside; /* likewise */
 
+    pthread_mutex_t asking;
     pthread_mutex_t lock;
     pthread_cond_t changed;
     uint8_t *state;
@@ -121,6 +147,7 @@ struct kvmexit_pager {
     uint64_t want_number, want_from, want_to;
     int wanted;
     struct kvmexit_pager_failure want_failure;
+    struct kvmexit_pager_waiter *waiters; /* first come first */
 };
 
 static char kvmexit_pager_zeros[KVMEXIT_PAGER_PAGE] __attribute__((aligned(KVMEXIT_PAGER_PAGE)));
@@ -130,10 +157,15 @@ static struct kvmexit_uffd_range kvmexit_pager_range(struct kvmexit_pager *p, ui
     return (struct kvmexit_uffd_range){(uintptr_t)p->base + first * KVMEXIT_PAGER_PAGE, pages * KVMEXIT_PAGER_PAGE};
 }
 
-/* -> a userfaultfd that is told of the kernel's faults, too, which KVM's are; or -1. *system_error, *device_error: why neither. */
-static int kvmexit_uffd_open(int *system_error, int *device_error)
+/* -> a userfaultfd, that is told of the kernel's faults, too, which KVM's are, unless it is `by_faults`; or -1. *system_error,
+   *device_error: why neither. */
+static int kvmexit_uffd_open(int by_faults, int *system_error, int *device_error)
 {
-    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK), device;
+    int fd = -1, device;
+    if (by_faults)
+        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | KVMEXIT_UFFD_USER_MODE_ONLY);
+    if (fd < 0)
+        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (fd >= 0)
         return fd;
     *system_error = errno;
@@ -151,7 +183,8 @@ static int kvmexit_uffd_open(int *system_error, int *device_error)
 /* -> 0, or errno; ENOTSUP: memory that it cannot work with. */
 static int kvmexit_uffd_register(struct kvmexit_pager *p)
 {
-    struct kvmexit_uffd_api api = {.api = KVMEXIT_UFFD_API_VERSION};
+    struct kvmexit_uffd_api api = {
+        .api = KVMEXIT_UFFD_API_VERSION, .features = p->by_faults ? KVMEXIT_UFFD_FEATURE_SIGBUS : 0};
     struct kvmexit_uffd_register it = {.range = kvmexit_pager_range(p, 0, p->pages), .mode = KVMEXIT_UFFD_MODE_MISSING};
     if (ioctl(p->uffd, KVMEXIT_UFFDIO_API, &api) || ioctl(p->uffd, KVMEXIT_UFFDIO_REGISTER, &it))
         return errno;
@@ -168,6 +201,7 @@ static int kvmexit_pager_init(struct kvmexit_pager *p)
     pthread_condattr_setclock(&how, CLOCK_MONOTONIC);
     pthread_cond_init(&p->changed, &how);
     pthread_condattr_destroy(&how);
+    pthread_mutex_init(&p->asking, NULL);
     pthread_mutex_init(&p->lock, NULL);
     p->missing = p->pages;
     p->state = calloc(p->pages, 1);
@@ -232,7 +266,7 @@ static void kvmexit_pager_withhold(struct kvmexit_pager *p, uint64_t page)
         kvmexit_pager_wake(p, page);
 }
 
-/* ---- the source; the worker, without lock ---- */
+/* ---- the source; who has `asking`, without lock ---- */
 
 /* -> 0 once fd is ready, KVMEXIT_STOPPED where the pager is to end. */
 static int kvmexit_pager_await(struct kvmexit_pager *p, int fd, short events)
@@ -315,7 +349,7 @@ static int kvmexit_pager_ask_call(struct kvmexit_pager *p, uint64_t offset, uint
 /* Ask the source for pages and fill them in; -> KVMEXIT_GAVE, or why not, with *f. */
 static int kvmexit_pager_supply(struct kvmexit_pager *p, uint64_t first, uint64_t pages, struct kvmexit_pager_failure *f)
 {
-    uint64_t offset = p->offset + first * KVMEXIT_PAGER_PAGE, size = pages * KVMEXIT_PAGER_PAGE;
+    uint64_t offset = p->offset + first * KVMEXIT_PAGER_PAGE, size = pages * KVMEXIT_PAGER_PAGE, i;
     const char *data = p->buffer;
     int why = KVMEXIT_GAVE, error;
     *f = (struct kvmexit_pager_failure){.page = first, .pages = pages};
@@ -335,16 +369,19 @@ static int kvmexit_pager_supply(struct kvmexit_pager *p, uint64_t first, uint64_
     } else if (why == KVMEXIT_GAVE) {
         p->fetches++;
         error = kvmexit_pager_fill(p, first, pages, data);
-        if (error) {
-            f->error = error;
+        if (error)
             why = KVMEXIT_UNFILLED;
-        }
+        else if (p->annotate && (error = p->annotate(p->attributes, first, pages, 0)))
+            why = KVMEXIT_UNSHARED;
+        for (i = first; error && p->annotate && i < first + pages; i++)
+            kvmexit_pager_mark(p, i, KVMEXIT_MISSING); /* to the guest it is: who asks again finds it in place */
+        f->error = error;
     }
     pthread_mutex_unlock(&p->lock);
     return f->why = why;
 }
 
-/* ---- the worker ---- */
+/* ---- answering; who has `asking` ---- */
 
 /* The missing pages around one of them that lie in its window; with lock. */
 static uint64_t kvmexit_pager_around(struct kvmexit_pager *p, uint64_t page, uint64_t *pages)
@@ -359,9 +396,9 @@ static uint64_t kvmexit_pager_around(struct kvmexit_pager *p, uint64_t page, uin
     return first;
 }
 
-static void kvmexit_pager_fault(struct kvmexit_pager *p, uint64_t address)
+static void kvmexit_pager_fault(struct kvmexit_pager *p, uint64_t page)
 {
-    uint64_t page = (address - (uintptr_t)p->base) / KVMEXIT_PAGER_PAGE, first = page, pages = 0;
+    uint64_t first = page, pages = 0;
     struct kvmexit_pager_failure f;
     int why;
     if (page >= p->pages)
@@ -386,16 +423,58 @@ static void kvmexit_pager_fault(struct kvmexit_pager *p, uint64_t address)
     if (!p->sealed && p->state[page] == KVMEXIT_MISSING) {
         p->failures[p->failed++ % KVMEXIT_PAGER_KEPT] = f; /* before anybody is woken, who may look here */
         kvmexit_pager_withhold(p, page);
-    } else {
-        why = KVMEXIT_STOPPED;
     }
     pthread_mutex_unlock(&p->lock);
-    if (why != KVMEXIT_STOPPED && p->tell) {
-        sigset_t blocked;
-        pthread_sigmask(SIG_SETMASK, &p->outside, &blocked);
-        p->tell(p->context);
-        pthread_sigmask(SIG_SETMASK, &blocked, NULL);
+}
+
+/* A page for a handler; -> what became of it. */
+static int kvmexit_pager_settle(struct kvmexit_pager *p, uint64_t page)
+{
+    uint64_t filled;
+    int outcome;
+    pthread_mutex_lock(&p->lock);
+    filled = p->filled; /* nobody else fills */
+    pthread_mutex_unlock(&p->lock);
+    kvmexit_pager_fault(p, page);
+    pthread_mutex_lock(&p->lock);
+    outcome = p->sealed                          ? KVMEXIT_ENDED
+              : p->state[page] == KVMEXIT_FAILED ? KVMEXIT_WITHHELD
+              : p->filled != filled              ? KVMEXIT_BROUGHT
+                                                 : KVMEXIT_WAS_THERE;
+    pthread_mutex_unlock(&p->lock);
+    return outcome;
+}
+
+/* ---- the worker ---- */
+
+/* What the source is asked by; nobody asks any more. */
+static void kvmexit_pager_close(struct kvmexit_pager *p)
+{
+    int *fds[] = {&p->uffd, &p->in, &p->out};
+    size_t i;
+    for (i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
+        if (*fds[i] >= 0)
+            close(*fds[i]);
+        *fds[i] = -1;
     }
+}
+
+/* The page that was waited for first, for all who wait for it. */
+static void kvmexit_pager_answer(struct kvmexit_pager *p, uint64_t page)
+{
+    struct kvmexit_pager_waiter **at, *waiter;
+    int outcome = kvmexit_pager_settle(p, page);
+    pthread_mutex_lock(&p->lock);
+    for (at = &p->waiters; (waiter = *at);) {
+        if (waiter->page == page) {
+            *at = waiter->next;
+            waiter->outcome = outcome; /* it may go from its stack once the lock is free */
+        } else {
+            at = &waiter->next;
+        }
+    }
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
 }
 
 /* One window of the range wanted. */
@@ -430,7 +509,22 @@ static void kvmexit_pager_ahead(struct kvmexit_pager *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Until it is sealed. Signals are other threads' business, but for those that are this one's own doing. */
+/* Tell of failures, without a lock. */
+static void kvmexit_pager_report(struct kvmexit_pager *p)
+{
+    sigset_t blocked;
+    uint64_t failed;
+    pthread_mutex_lock(&p->lock);
+    failed = p->failed;
+    pthread_mutex_unlock(&p->lock);
+    for (; p->tell && p->told < failed; p->told++) {
+        pthread_sigmask(SIG_SETMASK, &p->outside, &blocked);
+        p->tell(p->context, p->told);
+        pthread_sigmask(SIG_SETMASK, &blocked, NULL);
+    }
+}
+
+/* Until it is sealed; then the other side of a stream sees the end. Signals are other threads' business, but for those that are this one's own doing. */
 static void kvmexit_pager_serve(struct kvmexit_pager *p)
 {
     static const int own[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGTRAP};
@@ -444,54 +538,77 @@ static void kvmexit_pager_serve(struct kvmexit_pager *p)
         struct kvmexit_uffd_msg found[KVMEXIT_PAGER_BATCH];
         struct pollfd three[3] = {
             {.fd = p->uffd, .events = POLLIN}, {.fd = p->stop, .events = POLLIN}, {.fd = p->bell, .events = POLLIN}};
-        uint64_t rung;
+        uint64_t rung, page = 0;
         ssize_t i, n;
-        int wanted, sealed;
+        int wanted, awaited, sealed;
         pthread_mutex_lock(&p->lock);
         wanted = p->wanted == KVMEXIT_WANTED;
+        awaited = p->waiters != NULL;
+        if (awaited)
+            page = p->waiters->page;
         sealed = p->sealed;
         pthread_mutex_unlock(&p->lock);
         if (sealed)
             break;
-        poll(three, 3, wanted ? 0 : -1);
+        poll(three, 3, wanted || awaited ? 0 : -1);
         if (three[2].revents && read(p->bell, &rung, sizeof(rung)) < 0)
             continue; /* the one reader is us */
+        pthread_mutex_lock(&p->asking);
         n = read(p->uffd, found, sizeof(found));
         for (i = 0; i < n / (ssize_t)sizeof(found[0]); i++)
             if (found[i].event == KVMEXIT_UFFD_EVENT_PAGEFAULT)
-                kvmexit_pager_fault(p, found[i].address);
-        if (n <= 0 && wanted)
+                kvmexit_pager_fault(p, (found[i].address - (uintptr_t)p->base) / KVMEXIT_PAGER_PAGE);
+        if (awaited)
+            kvmexit_pager_answer(p, page);
+        else if (n <= 0 && wanted)
             kvmexit_pager_ahead(p);
+        pthread_mutex_unlock(&p->asking);
+        kvmexit_pager_report(p);
     }
+    pthread_mutex_lock(&p->asking); /* a handler may be at it */
+    kvmexit_pager_close(p);
+    pthread_mutex_unlock(&p->asking);
     pthread_sigmask(SIG_SETMASK, &p->outside, NULL);
 }
 
 /* ---- everybody else ---- */
 
+static void kvmexit_pager_ring(int bell)
+{
+    uint64_t one = 1;
+    if (write(bell, &one, sizeof(one)) < 0)
+        return; /* full: it is readable */
+}
+
 /* Have a range fetched; -> its number. One at a time: the caller sees to that. */
 static uint64_t kvmexit_pager_want(struct kvmexit_pager *p, uint64_t first, uint64_t pages)
 {
-    uint64_t number, one = 1;
+    uint64_t number;
     pthread_mutex_lock(&p->lock);
     number = ++p->want_number;
     p->want_from = first;
     p->want_to = first + pages;
     p->wanted = p->sealed ? KVMEXIT_SEALED : KVMEXIT_WANTED;
     pthread_mutex_unlock(&p->lock);
-    if (write(p->bell, &one, sizeof(one)) < 0)
-        return number; /* full: it rings */
+    kvmexit_pager_ring(p->bell);
     return number;
+}
+
+static struct timespec kvmexit_pager_in(int ms)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += ms * 1000000L;
+    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    return until;
 }
 
 /* Wait for it, `ms` at most. */
 static int kvmexit_pager_wait(struct kvmexit_pager *p, int ms, struct kvmexit_pager_failure *f)
 {
-    struct timespec until;
+    struct timespec until = kvmexit_pager_in(ms);
     int wanted;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += ms * 1000000L;
-    until.tv_sec += until.tv_nsec / 1000000000;
-    until.tv_nsec %= 1000000000;
     pthread_mutex_lock(&p->lock);
     while (p->wanted == KVMEXIT_WANTED && pthread_cond_timedwait(&p->changed, &p->lock, &until) == 0)
         ;
@@ -508,6 +625,52 @@ static void kvmexit_pager_cancel(struct kvmexit_pager *p)
     p->want_number++;
     p->wanted = KVMEXIT_FETCHED;
     pthread_mutex_unlock(&p->lock);
+}
+
+/* Have a page brought, and wait, `ms` at most: KVMEXIT_AWAITED then, and the worker goes on with it. */
+static int kvmexit_pager_bring(struct kvmexit_pager *p, uint64_t page, int ms)
+{
+    struct kvmexit_pager_waiter me = {.page = page, .outcome = KVMEXIT_AWAITED}, **at;
+    struct timespec until;
+    if ((p->from == KVMEXIT_FROM_MEMORY || p->from == KVMEXIT_FROM_FILE) && pthread_mutex_trylock(&p->asking) == 0) {
+        me.outcome = kvmexit_pager_settle(p, page);
+        pthread_mutex_unlock(&p->asking);
+        if (me.outcome == KVMEXIT_WITHHELD)
+            kvmexit_pager_ring(p->bell); /* it may have to be told of */
+        return me.outcome;
+    }
+    until = kvmexit_pager_in(ms);
+    pthread_mutex_lock(&p->lock);
+    if (p->sealed) {
+        me.outcome = KVMEXIT_ENDED;
+    } else if (p->state[page] == KVMEXIT_FAILED) {
+        me.outcome = KVMEXIT_WITHHELD;
+    } else {
+        for (at = &p->waiters; *at; at = &(*at)->next)
+            ;
+        *at = &me;
+        kvmexit_pager_ring(p->bell);
+    }
+    while (me.outcome == KVMEXIT_AWAITED && !p->sealed && pthread_cond_timedwait(&p->changed, &p->lock, &until) == 0)
+        ;
+    if (me.outcome == KVMEXIT_AWAITED && p->sealed)
+        me.outcome = KVMEXIT_ENDED;
+    for (at = &p->waiters; *at; at = &(*at)->next)
+        if (*at == &me) {
+            *at = me.next;
+            break;
+        }
+    pthread_mutex_unlock(&p->lock);
+    return me.outcome;
+}
+
+/* Read or write memory that is there, as KVM would have; -> 0, or errno. */
+static int kvmexit_pager_access(struct kvmexit_pager *p, uint64_t offset, void *data, uint64_t size, int is_write)
+{
+    struct iovec ours = {data, size}, theirs = {p->base + offset, size};
+    ssize_t n = is_write ? process_vm_writev(getpid(), &ours, 1, &theirs, 1, 0)
+                         : process_vm_readv(getpid(), &ours, 1, &theirs, 1, 0);
+    return n == (ssize_t)size ? 0 : n < 0 ? errno : EFAULT;
 }
 
 /* Open again what failed in a range: the next touch asks the source again. -> 0, or errno. */
@@ -544,7 +707,7 @@ static int kvmexit_pager_is_there(struct kvmexit_pager *p, int pagemap, uint64_t
 /* The end: what is missing becomes PROT_NONE; where the kernel has no room for so many mappings, everything. */
 static void kvmexit_pager_seal(struct kvmexit_pager *p)
 {
-    uint64_t at, end, one = 1;
+    uint64_t at, end;
     struct kvmexit_uffd_range all = kvmexit_pager_range(p, 0, p->pages);
     int pagemap;
     pthread_mutex_lock(&p->lock);
@@ -565,25 +728,14 @@ static void kvmexit_pager_seal(struct kvmexit_pager *p)
         }
         if (pagemap >= 0)
             close(pagemap);
+        if (p->annotate)
+            p->annotate(p->attributes, 0, p->pages, 0);
         ioctl(p->uffd, KVMEXIT_UFFDIO_UNREGISTER, &all);
         p->wanted = KVMEXIT_SEALED;
         pthread_cond_broadcast(&p->changed);
     }
     pthread_mutex_unlock(&p->lock);
-    if (write(p->stop, &one, sizeof(one)) < 0)
-        return; /* full: it is readable */
-}
-
-/* What the worker works with; it, or nobody, is there. */
-static void kvmexit_pager_close(struct kvmexit_pager *p)
-{
-    int *fds[] = {&p->uffd, &p->in, &p->out};
-    size_t i;
-    for (i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
-        if (*fds[i] >= 0)
-            close(*fds[i]);
-        *fds[i] = -1;
-    }
+    kvmexit_pager_ring(p->stop);
 }
 
 static void kvmexit_pager_free(struct kvmexit_pager *p)

@@ -6,12 +6,20 @@ import os
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EFAULT
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 from posix.mman cimport PROT_READ, PROT_WRITE
 from posix.unistd cimport close
 
-from kvmexit._ioctl cimport forks
+from kvmexit._chain cimport KVMEXIT_DONE, KVMEXIT_LATER, KVMEXIT_PASS, kvmexit_exit
+from kvmexit._convert cimport (
+    Conversions, Converter, Region, kvmexit_next_generation, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
+)
+from kvmexit._ioctl cimport Handle, forks
+from kvmexit._memory cimport Memory, Slot
+from kvmexit._routes cimport Native
+from kvmexit._uapi cimport KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO
 from kvmexit.errors import Error, KvmError
 
 cdef extern from "_pager.h" nogil:
@@ -19,6 +27,7 @@ cdef extern from "_pager.h" nogil:
         KVMEXIT_PAGER_PAGE
         KVMEXIT_PAGER_KEPT
         KVMEXIT_MISSING
+        KVMEXIT_PRESENT
         KVMEXIT_FAILED
         KVMEXIT_FROM_MEMORY
         KVMEXIT_FROM_FILE
@@ -31,55 +40,85 @@ cdef extern from "_pager.h" nogil:
         KVMEXIT_WANTED
         KVMEXIT_FETCHED
         KVMEXIT_UNFETCHED
-    ctypedef int pthread_mutex_t
+        KVMEXIT_AWAITED
+        KVMEXIT_BROUGHT
+        KVMEXIT_WAS_THERE
+        KVMEXIT_WITHHELD
+        KVMEXIT_ENDED
     struct kvmexit_pager_failure:
         uint64_t page, pages, got, token
         int why, error
     struct kvmexit_pager:
         char *base
         uint64_t pages, window, offset
-        int uffd, stop, bell, prot
+        int uffd, stop, bell, prot, by_faults
         int from_ "from", in_ "in", out
         const char *source
         int (*ask)(void *, uint64_t, uint64_t, char *, kvmexit_pager_failure *) noexcept nogil
-        void (*tell)(void *) noexcept nogil
+        void (*tell)(void *, uint64_t) noexcept nogil
         void *context
+        int (*annotate)(void *, uint64_t, uint64_t, int) noexcept nogil
+        void *attributes
         pthread_mutex_t lock
         uint8_t *state
         uint64_t missing, faults, fetches, filled, failed
         int sealed
         kvmexit_pager_failure *failures
-    int pthread_mutex_lock(pthread_mutex_t *)
-    int pthread_mutex_unlock(pthread_mutex_t *)
-    int kvmexit_uffd_open(int *, int *)
+    int kvmexit_uffd_open(int, int *, int *)
     int kvmexit_uffd_register(kvmexit_pager *)
     int kvmexit_pager_init(kvmexit_pager *)
     void kvmexit_pager_serve(kvmexit_pager *) noexcept
     uint64_t kvmexit_pager_want(kvmexit_pager *, uint64_t, uint64_t)
     int kvmexit_pager_wait(kvmexit_pager *, int, kvmexit_pager_failure *)
     void kvmexit_pager_cancel(kvmexit_pager *)
+    int kvmexit_pager_bring(kvmexit_pager *, uint64_t, int)
+    int kvmexit_pager_access(kvmexit_pager *, uint64_t, void *, uint64_t, int)
     int kvmexit_pager_retry(kvmexit_pager *, uint64_t, uint64_t)
     void kvmexit_pager_seal(kvmexit_pager *) noexcept
-    void kvmexit_pager_close(kvmexit_pager *) noexcept
     void kvmexit_pager_free(kvmexit_pager *) noexcept
 
+cdef extern from * nogil:
+    """
+    #define kvmexit_use(users, n) ((void)__atomic_fetch_add(users, n, __ATOMIC_SEQ_CST))
+    #define kvmexit_seen(at) __atomic_load_n(at, __ATOMIC_SEQ_CST)
+    """
+    void kvmexit_use(int *, int)
+    bint kvmexit_seen(const bint *)
+
 cdef enum:
+    PAGE_SHIFT = 12
     TICK_MS = 100  # how late a signal is noticed by who waits
 
+AWAITED, BROUGHT, WAS_THERE, WITHHELD = KVMEXIT_AWAITED, KVMEXIT_BROUGHT, KVMEXIT_WAS_THERE, KVMEXIT_WITHHELD
 FROM = {
     "memory": KVMEXIT_FROM_MEMORY, "file": KVMEXIT_FROM_FILE, "stream": KVMEXIT_FROM_STREAM, "call": KVMEXIT_FROM_CALL,
 }
 
 
+cdef struct Guest:  # whose vCPUs' faults bring pages in
+    kvmexit_pager *pager
+    Converter *converter
+    Region *region  # of the slot, to know it by: it may be removed
+    uint64_t gpa
+    bint readonly
+    int tick_ms     # that a handler waits at most
+    int *users      # of the VM's Handle, and ...
+    bint *closed    # ... whether it is closed
+
+
 @cython.final
 cdef class Worker:
-    """Fills `memory` from a source: serve() in a thread of its own, until stop().
+    """Fills `memory` from a source: serve() in a thread of its own, until stop(). `slot`, `vm_memory`: of mode="faults".
 
     `source` is, by `kind`, a buffer, or a callable; else `read_fd` and `write_fd`, which it owns, are. Nothing here refers
     to the Pager, so that one that is dropped goes, and its thread after it.
     """
 
     cdef kvmexit_pager p
+    cdef Guest guest
+    cdef Slot slot                        # these three stay for what `guest` points to
+    cdef Conversions conversions
+    cdef Handle handle
     cdef unsigned forks
     cdef object memory, source, on_error  # memory, source: memoryviews, which keep what they are of
     cdef dict exceptions                  # by token, the last ones
@@ -89,7 +128,8 @@ cdef class Worker:
         memset(&self.p, 0, sizeof(self.p))
         self.p.uffd = self.p.stop = self.p.bell = self.p.in_ = self.p.out = -1
 
-    def __init__(self, memory, bint writable, kind, source, read_fd, write_fd, uint64_t offset, uint64_t window, on_error):
+    def __init__(self, memory, bint writable, kind, source, read_fd, write_fd, uint64_t offset, uint64_t window, on_error,
+                 Slot slot=None, Memory vm_memory=None):
         cdef int system_error = 0, device_error = 0, error
         self.p.in_, self.p.out = read_fd, write_fd
         self.forks = forks()
@@ -103,12 +143,18 @@ cdef class Worker:
         if kind == "memory":
             self.p.source = <const char *>_address(source)
         self.p.ask = ask
+        if slot is not None:
+            self.p.by_faults = True
+            self.slot, self.conversions, self.handle = slot, vm_memory.conversions, vm_memory.handle
+            self.guest = Guest(&self.p, &self.conversions.c, &slot.region, slot.gpa, slot.readonly, TICK_MS,
+                               &self.handle.users, &self.handle.closed)
+            self.p.attributes = &self.guest
         if on_error is not None:
             self.p.tell = tell
         error = kvmexit_pager_init(&self.p)
         if error:
             raise MemoryError if error == errnos.ENOMEM else KvmError(error, "eventfd")
-        self.p.uffd = kvmexit_uffd_open(&system_error, &device_error)
+        self.p.uffd = kvmexit_uffd_open(self.p.by_faults, &system_error, &device_error)
         if self.p.uffd < 0:
             raise KvmError(system_error, "userfaultfd", _why_not(system_error, device_error))
         with nogil:
@@ -117,6 +163,14 @@ cdef class Worker:
             close(self.p.uffd)  # nothing of this memory is ours to seal
             self.p.uffd = -1
             raise KvmError(error, "UFFDIO_REGISTER", _NOT_REGISTERED.get(error, ""))
+        if slot is not None and says_where(vm_memory):
+            with nogil:
+                error = annotate(&self.guest, 0, self.p.pages, True)
+            if error:
+                close(self.p.uffd)
+                self.p.uffd = -1
+                raise KvmError(error, "KVM_SET_MEMORY_ATTRIBUTES")
+            self.p.annotate = annotate
 
     def __dealloc__(self):
         # Whoever waits for pages is woken first: the thread was never started, or is done and has sealed.
@@ -129,14 +183,16 @@ cdef class Worker:
         """The thread: answers faults until stop(), then lets everything go. No GIL, but where the source is a callable."""
         with nogil:
             kvmexit_pager_serve(&self.p)
-            kvmexit_pager_close(&self.p)  # the other side of a stream sees the end
         self.memory = self.source = self.on_error = None
 
     def stop(self):
-        """Fill nothing any more, make what is missing inaccessible, let the memory go. In a forked child: nothing."""
-        if self.forks == forks():
-            with nogil:
-                kvmexit_pager_seal(&self.p)
+        """Fill nothing any more, make what is missing inaccessible, let the memory go. -> False, and nothing, in a forked
+        child."""
+        if self.forks != forks():
+            return False
+        with nogil:
+            kvmexit_pager_seal(&self.p)
+        return True
 
     cdef int check(self) except -1:
         cdef bint sealed
@@ -177,6 +233,27 @@ cdef class Worker:
         if step != KVMEXIT_FETCHED:
             raise Error("this Pager was closed meanwhile")
         return None
+
+    def lacks(self, uint64_t page):
+        """Whether a page is missing or failed, as far as is known here."""
+        cdef bint lacks
+        self.lock()
+        lacks = self.p.state[page] != KVMEXIT_PRESENT
+        self.unlock()
+        return lacks
+
+    def wait_long(self, int ms):
+        """For tests, where no vCPU faults anew: have handlers wait for so long."""
+        self.guest.tick_ms = ms
+
+    def bring(self, uint64_t page):
+        """Have a page brought, for a vCPU's handler. -> what became of it; AWAITED: it takes long, come back."""
+        cdef int outcome
+        with nogil:
+            outcome = kvmexit_pager_bring(&self.p, page, self.guest.tick_ms)
+            if outcome == KVMEXIT_AWAITED or outcome == KVMEXIT_BROUGHT:
+                kvmexit_next_generation(&self.conversions.c.generation)  # no loop, however often the fault comes again
+        return outcome
 
     def retry(self, uint64_t first, uint64_t pages):
         """Open pages again that failed."""
@@ -220,6 +297,85 @@ cdef class Worker:
         return found
 
 
+def says_where(Memory memory):
+    """Whether KVM says of which page an access failed, since this VM has memory attributes."""
+    return memory.converter.backend != NULL and not memory.rebinds
+
+
+cdef int annotate(void *context, uint64_t first, uint64_t pages, int private) noexcept nogil:
+    """Make pages PRIVATE, or shared, for KVM. The shadow has them as shared either way: the slot has no private side. -> 0, or
+    errno. Of a closed VM nothing, which waits for who is counted."""
+    cdef Guest *g = <Guest *>context
+    cdef Converter *c = g.converter
+    cdef int error = 0
+    kvmexit_use(g.users, 1)
+    if not kvmexit_seen(g.closed):
+        pthread_mutex_lock(&c.lock)
+        error = c.backend.set(c.backend, NULL, g.gpa + (first << PAGE_SHIFT), pages << PAGE_SHIFT, private)
+        pthread_mutex_unlock(&c.lock)
+        kvmexit_next_generation(&c.generation)
+    kvmexit_use(g.users, -1)
+    return error
+
+
+cdef bint has_slot(Guest *g) noexcept nogil:
+    """Whether the slot is there still."""
+    cdef size_t i
+    cdef bint found = False
+    pthread_mutex_lock(&g.converter.lock)
+    for i in range(g.converter.count):
+        found = found or g.converter.regions[i] == g.region
+    pthread_mutex_unlock(&g.converter.lock)
+    return found
+
+
+cdef int bring_in(kvmexit_exit *exit, void *opaque) noexcept nogil:
+    """A vCPU's access to a page that is not there: its page is brought, and an access that KVM left to us is made. What has
+    failed passes. A source that takes long does not hold up who wants the vCPU for longer than `tick_ms`."""
+    cdef Guest *g = <Guest *>opaque
+    cdef kvmexit_pager *p = g.pager
+    cdef uint64_t offset = exit.address - g.gpa
+    cdef bint mmio = exit.reason == KVM_EXIT_MMIO
+    cdef int outcome
+    if exit.address < g.gpa or offset >> PAGE_SHIFT >= p.pages:
+        return KVMEXIT_PASS
+    if mmio:
+        if offset & (KVMEXIT_PAGER_PAGE - 1) > KVMEXIT_PAGER_PAGE - exit.size:
+            return KVMEXIT_PASS  # KVM splits what crosses pages
+        if exit.is_write and g.readonly:
+            return KVMEXIT_PASS
+    elif exit.reason != KVM_EXIT_MEMORY_FAULT or exit.error != EFAULT:
+        return KVMEXIT_PASS
+    if not has_slot(g):
+        return KVMEXIT_PASS
+    outcome = kvmexit_pager_bring(p, offset >> PAGE_SHIFT, g.tick_ms)
+    if outcome == KVMEXIT_AWAITED:
+        kvmexit_next_generation(&g.converter.generation)
+        return KVMEXIT_LATER if mmio else KVMEXIT_DONE
+    if outcome == KVMEXIT_WITHHELD or outcome == KVMEXIT_ENDED:
+        return KVMEXIT_PASS
+    if mmio and kvmexit_pager_access(p, offset, exit.data, exit.size, exit.is_write):
+        return KVMEXIT_PASS
+    return KVMEXIT_DONE
+
+
+@cython.final
+cdef class BringIn(Native):
+    """The handler of memory faults and MMIO in the slot of a Worker."""
+
+    cdef Worker worker
+    cdef object memory  # stays for as long as vCPUs may be here: route.remove() waits for them
+
+    def __cinit__(self, Worker worker not None):
+        self.worker, self.memory = worker, worker.memory
+        self.call, self.opaque = bring_in, &worker.guest
+
+    cdef int check(self, object memory) except -1:
+        if (<Memory?>memory).conversions is not self.worker.conversions:
+            raise ValueError(f"{self!r} is for another VM")
+        return 0
+
+
 _NOT_REGISTERED = {
     errnos.EBUSY: "another userfaultfd has this memory already: close it first",
     errnos.EINVAL: "userfaultfd takes anonymous memory, and files in memory (memfd, tmpfs): no other file's mapping",
@@ -240,7 +396,7 @@ def _why_not(system_error, device_error):
         pass
     return ("KVM's accesses are the kernel's own; to be told of them a process needs one of: CAP_SYS_PTRACE, which this one "
             f"has not; sysctl vm.unprivileged_userfaultfd=1, which is {allowed}; read and write access to /dev/userfaultfd, "
-            f"which gives {os.strerror(device_error)!r}")
+            f"which gives {os.strerror(device_error)!r}. mode='faults' needs none of these")
 
 
 cdef int ask(void *context, uint64_t offset, uint64_t size, char *to, kvmexit_pager_failure *failure) noexcept with gil:
@@ -264,10 +420,14 @@ cdef int ask(void *context, uint64_t offset, uint64_t size, char *to, kvmexit_pa
         return KVMEXIT_RAISED
 
 
-cdef void tell(void *context) noexcept with gil:
+cdef void tell(void *context, uint64_t number) noexcept with gil:
     """Say that there is a failure. What this raises is unraisable: a thread has nobody to tell."""
     cdef Worker worker = <Worker>context
-    worker.on_error(worker.failures()[-1])
+    cdef kvmexit_pager_failure failure
+    worker.lock()
+    failure = worker.p.failures[number % KVMEXIT_PAGER_KEPT]
+    worker.unlock()
+    worker.on_error(worker.described(&failure))
 
 
 cdef uintptr_t _address(view) except? 0:

@@ -22,13 +22,20 @@ from kvmexit.faults._tables import Walk, walk
 from kvmexit.handlers import PASS
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from kvmexit._loop import Vcpu
     from kvmexit._memory import Slot
     from kvmexit.stats import LastExit
 
+    class _AsHost(Protocol):
+        unsure: bool
+
+        def cause(self, hva: int, write: bool, probe: bool) -> Cause | None: ...
+
 __all__ = ["Candidate", "Explanation", "as_memory", "explain"]
 
-_PROTECTED = (VMType.SEV, VMType.SEV_ES, VMType.SNP, VMType.TDX)
+PROTECTED = (VMType.SEV, VMType.SEV_ES, VMType.SNP, VMType.TDX)
 _EHWPOISON = 133
 _NO_FAULT = (Cause.NO_SLOT, Cause.READONLY_SLOT)  # these exit as MMIO
 _GATES, _DESCRIPTORS, _TSS = 0x1000, 0x10000, 0x3000  # bytes of IDT, GDT and LDT, TSS that the processor ever looks at
@@ -135,13 +142,13 @@ def explain(vcpu: Vcpu) -> Explanation:
     _ = vcpu.pending  # VcpuBusyError
     last = vcpu.last_exits[-1:]
     if last and last[0].reason in (ExitReason.MMIO, ExitReason.MEMORY_FAULT):
-        return _Look(vcpu).known(last[0])
+        return Look(vcpu).known(last[0])
     if not last or last[0].reason is not None:
         found = f"its last exit is {last[0].reason!r}" if last else "it has not had an exit"
         raise Error(f"there is no fault of {vcpu!r} to explain: {found}")
-    if vcpu.vm.type in _PROTECTED:
+    if vcpu.vm.type in PROTECTED:
         raise Error(f"a {vcpu.vm.type.name} guest's registers and memory do not show: its faults cannot be explained")
-    look = _Look(vcpu)
+    look = Look(vcpu)
     rip = look.state.regs["rip"]
     if last[0].rip not in (None, rip):
         raise Error(f"the vCPU was moved after its fault, from rip {last[0].rip:#x} to {rip:#x}: explain() comes first")
@@ -163,13 +170,16 @@ def as_memory(vcpu: Vcpu, access: Mmio) -> bytes | object | None:
     return vcpu.vm.memory.read(access.gpa, access.size)
 
 
-class _Look:
-    """One look at a vCPU. found: candidates by page and access, with their ranks. doubts: why nothing is certain."""
+class Look:
+    """One look at a vCPU. host: says what can be reached; None: the host as it is.
 
-    def __init__(self, vcpu: Vcpu) -> None:
+    found: candidates by page and access, with their ranks. doubts: why nothing is certain.
+    """
+
+    def __init__(self, vcpu: Vcpu, host: _AsHost | None = None) -> None:
         self.vcpu, self.memory = vcpu, vcpu.vm.memory
         self.slots = self.memory.slots
-        self.host = Host()
+        self.host = Host() if host is None else host
         self.found: dict[tuple[int, bool], tuple[int, Candidate]] = {}
         self.entries: dict[int, bytes | None] = {}
         self.causes: dict[tuple[int, bool, bool], Cause | None] = {}

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import errno as errnos
 import mmap
 import os
 import stat
 import threading
 import weakref
 from collections.abc import Callable
-from operator import index
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, cast
+from operator import index, itemgetter
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self, cast
 
+from kvmexit._exits import InternalError, MemoryFault, Mmio, UnexplainedFault
 from kvmexit._memory import Slot
-from kvmexit._pager import Worker
+from kvmexit._pager import AWAITED, BROUGHT, WAS_THERE, WITHHELD, BringIn, Worker, says_where
 from kvmexit.errors import Error
+from kvmexit.faults import _operands
+from kvmexit.faults._explain import FIRST, PROTECTED, Look
+from kvmexit.faults._reach import Cause
+from kvmexit.handlers import PASS
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Buffer
+
+    from kvmexit._loop import Vcpu
+    from kvmexit._memory import Memory
+    from kvmexit._routes import Route
+    from kvmexit._vm import VM
 
     class _HasFileno(Protocol):
         def fileno(self) -> int: ...
@@ -33,8 +44,9 @@ __all__ = ["Pager", "PagerError", "PagerStats"]
 
 _PAGE = mmap.PAGESIZE
 _LARGEST = 2 << 20
+_EMULATION = 1  # suberror of InternalError
 _PATIENCE = 1.0  # seconds that close() waits for a callable that does not return
-_SHORT, _LONG, _CLOSED, _ERRNO, _RAISED = range(1, 6)  # as in _pager.h
+_SHORT, _LONG, _CLOSED, _ERRNO, _RAISED, _UNFILLED, _UNSHARED = range(1, 8)  # as in _pager.h
 
 
 class PagerError(Error):
@@ -61,8 +73,9 @@ class PagerError(Error):
 class PagerStats(NamedTuple):
     """What a Pager did.
 
-    faults: the kernel's messages, several where several threads touch one page. fetches: answers of the source. pages,
-    bytes: filled. errors: pages that failed. missing: pages not known to be there.
+    faults: the kernel's messages, or what vCPUs' handlers asked for; several where several threads touch one page.
+    fetches: answers of the source. pages, bytes: filled. errors: pages that failed. missing: pages not known to be
+    there.
     """
 
     faults: int
@@ -97,13 +110,20 @@ class Pager:
     and on_error(error), where it is given, is called in the Pager's thread. A window that fails is asked for once more
     as the one page that was touched; a stream that closed, or gave too much, is not asked again.
 
+    **mode="faults"**, with the slot's vm=: nobody waits in the kernel. What is missing fails, and handlers of the vm's
+    vCPUs bring it: native ones of MMIO, and of memory faults where the VM has memory attributes; else explain() finds
+    the page, by iced-x86. It needs no privilege. memory.read() and write() raise KvmError for what is missing, views
+    are a SIGBUS: prefetch() first. What the source does not give, run() raises as PagerError, and the vCPU is where it
+    was; with on_error the exit goes on to the next handler, or the caller. A source that blocks holds up no kick.
+
     **The end.** close(), or the end of a with block, or the last reference going: nothing is filled any more, and pages
     that never came become inaccessible too, instead of zeros. fill_all() first, and the source may go. A vCPU that
     waits for a page can be kicked, and has time-outs. memory.read() and write() wait without the GIL, a view of the
     slot *with* it: where the source is a callable, or in this process, touching a missing page by a view is a deadlock.
 
     Raises ValueError and TypeError for arguments that do not fit, KvmError where userfaultfd is not to be had (it says
-    what would allow it) or not for this memory, OSError where the file cannot be opened.
+    what would allow it) or not for this memory, OSError where the file cannot be opened, Error where mode="faults"
+    needs iced-x86 and has it not.
     Source: Documentation/admin-guide/mm/userfaultfd.rst.
     """
 
@@ -115,8 +135,11 @@ class Pager:
         offset: int = 0,
         window: int = 64 << 10,
         on_error: Callable[[PagerError], object] | None = None,
+        mode: Literal["userfaultfd", "faults"] = "userfaultfd",
+        vm: VM | None = None,
     ) -> None:
         memory, self._gpa = _memory_of(slot)
+        guest = _guest_of(mode, slot, vm)
         self.size = len(memory)
         self._offset, window = index(offset), index(window)
         if not _PAGE <= window <= _LARGEST or window & (window - 1):
@@ -128,12 +151,15 @@ class Pager:
         kind, what, read_fd, write_fd = _open(source, self._offset + self.size)
         tell = None if on_error is None else _teller(on_error, self._gpa, self._offset)
         self._worker = Worker(
-            memory, not memory.readonly, kind, what, read_fd, write_fd, self._offset, window, tell
+            memory, not memory.readonly, kind, what, read_fd, write_fd, self._offset, window, tell, *guest
         )  # fmt: skip
         self._prefetching = threading.Lock()
         self._thread = threading.Thread(target=self._worker.serve, name="kvmexit-pager", daemon=True)
-        self._finalizer = weakref.finalize(self, self._worker.stop)  # and where the interpreter exits
+        routes: list[Route] = []
+        self._finalizer = weakref.finalize(self, _end, self._worker, routes)  # and where the interpreter exits
         try:
+            if vm is not None and isinstance(slot, Slot):
+                _Faults(self._worker, slot, self._offset, on_error is not None).register(vm, routes)
             self._thread.start()
         except BaseException:
             self._finalizer()
@@ -191,7 +217,7 @@ class Pager:
     @property
     def errors(self) -> list[PagerError]:
         """Why pages were not given: the last 64, oldest first."""
-        return [_error(failure, self._gpa, self._offset) for failure in self._worker.failures()]
+        return _errors(self._worker, self._gpa, self._offset)
 
     def error_at(self, gpa: int) -> PagerError | None:
         """Why the page at `gpa` (any byte of it) was not given.
@@ -201,8 +227,7 @@ class Pager:
         page = (index(gpa) - self._gpa) // _PAGE
         if not 0 <= page < self.size // _PAGE or self._worker.first_failed(page, 1) is None:
             return None
-        at = self._gpa + page * _PAGE
-        return next((error for error in reversed(self.errors) if error.gpa <= at < error.gpa + error.size), None)
+        return _last_error(self._worker, self._gpa, self._offset, self._gpa + page * _PAGE)
 
     @property
     def stats(self) -> PagerStats:
@@ -226,6 +251,126 @@ class Pager:
                 f"gpa {gpa:#x}, size {size:#x}: give whole pages of gpa {self._gpa:#x}, size {self.size:#x}"
             )
         return (gpa - self._gpa) // _PAGE, size // _PAGE
+
+
+class _Faults:
+    """What handlers of mode="faults" do that is not native. Refers to no Pager, so that one that is dropped goes.
+
+    A bare fault says no address: what explain() looks at is asked, with a _Host in place of the host. Each fault brings
+    one page, the likeliest; if that was not it, the guest faults again, and it is the next one's turn. Where none is
+    missing any more another vCPU may have been faster: then the guest tries once more, and again only after something
+    else was filled. So no fault repeats without a page.
+    """
+
+    def __init__(self, worker: Worker, slot: Slot, offset: int, told: bool) -> None:
+        self.worker, self.slot, self.offset, self.told = worker, slot, offset, told
+        self.tried: dict[int, int] = {}  # by vCPU: pages filled, when it tried once more
+
+    def register(self, vm: VM, routes: list[Route]) -> None:
+        gpa, size = self.slot.gpa, self.slot.size
+        native = BringIn(self.worker)
+        routes.append(vm.on(UnexplainedFault, self.bare))
+        routes.append(vm.on(InternalError, self.emulated))
+        for handler in (self.failed, native):  # the newest is called first
+            routes.append(vm.on_mmio(gpa, size, handler))
+            if says_where(vm.memory):
+                routes.append(vm.on_memory_fault(gpa, size, handler))
+
+    def failed(self, vcpu: Vcpu, exit: MemoryFault | Mmio) -> object:
+        """What the native handler passed on."""
+        page = (exit.gpa - self.slot.gpa) // _PAGE
+        return PASS if self.worker.first_failed(page, 1) is None else self.refuse(page)
+
+    def refuse(self, page: int) -> object:
+        if self.told:
+            return PASS
+        at = self.slot.gpa + page * _PAGE
+        raise _last_error(self.worker, self.slot.gpa, self.offset, at) or PagerError(
+            at, _PAGE, self.offset + page * _PAGE, "failed long ago"
+        )
+
+    def bare(self, vcpu: Vcpu, fault: UnexplainedFault) -> object:
+        return self.find(vcpu) if fault.errno == errnos.EFAULT else PASS
+
+    def emulated(self, vcpu: Vcpu, error: InternalError) -> object:
+        """KVM could not read the instruction that it was to emulate, and has left everything as it was."""
+        return self.find(vcpu) if error.suberror == _EMULATION else PASS
+
+    def find(self, vcpu: Vcpu) -> object:
+        if vcpu.vm.type in PROTECTED or not any(slot is self.slot for slot in vcpu.vm.memory.slots):
+            return PASS
+        host = _Host(self.worker, self.slot)
+        look = Look(vcpu, host)
+        if not look.state.delivering:
+            look.instruction(FIRST)
+        if not host.missing:
+            look.bare()
+        likeliest = [c.gpa for _, c in sorted(look.found.values(), key=itemgetter(0)) if c.slot is self.slot]
+        failed = None
+        for page in dict.fromkeys((gpa - self.slot.gpa) // _PAGE for gpa in likeliest) | host.pages:
+            filled = self.worker.counts()[2]
+            outcome = self.worker.bring(page)
+            if outcome in (BROUGHT, AWAITED):
+                return None
+            if outcome == WAS_THERE and self.tried.get(vcpu.id) != filled:
+                self.tried[vcpu.id] = filled
+                return None
+            if outcome == WITHHELD and failed is None:
+                failed = page
+        return PASS if failed is None else self.refuse(failed)
+
+
+class _Host:
+    """The host as explain() asks it: what a Pager lacks cannot be reached, all else can.
+
+    pages: what was asked for, in order. missing: whether one of them is.
+    """
+
+    unsure = False
+
+    def __init__(self, worker: Worker, slot: Slot) -> None:
+        self.worker, self.slot = worker, slot
+        self.pages: dict[int, None] = {}
+        self.missing = False
+
+    def cause(self, hva: int, write: bool, probe: bool) -> Cause | None:
+        page = (hva - self.slot.hva) // _PAGE
+        if not 0 <= page < self.slot.size // _PAGE:
+            return None
+        self.pages[page] = None
+        if not self.worker.lacks(page):
+            return None
+        self.missing = True
+        return Cause.USERFAULTFD
+
+
+def _end(worker: Worker, routes: list[Route]) -> None:
+    if worker.stop():
+        for route in routes:
+            route.remove()
+
+
+def _guest_of(mode: str, slot: Slot | Buffer, vm: VM | None) -> tuple[()] | tuple[Slot, Memory]:
+    """-> what a Worker needs to know of who faults."""
+    if mode not in ("userfaultfd", "faults"):
+        raise ValueError(f"mode {mode!r} must be 'userfaultfd' or 'faults'")
+    if mode == "userfaultfd":
+        if vm is not None:
+            raise ValueError("vm= is for mode='faults': a userfaultfd sees to whoever touches the memory")
+        return ()
+    if not isinstance(slot, Slot):
+        raise ValueError("mode='faults' answers the faults of vCPUs: give a Slot; plain memory has mode='userfaultfd'")
+    if vm is None:
+        raise ValueError("mode='faults' answers the faults of vCPUs: give their vm=")
+    if not any(slot is one for one in vm.memory.slots):
+        raise ValueError(f"{slot!r} is not in the memory of {vm!r}")
+    if not says_where(vm.memory) and vm.type in PROTECTED:
+        raise ValueError(f"KVM does not say here which page was missing, and a {vm.type.name} guest's registers do not "
+                         "show: use mode='userfaultfd'")  # fmt: skip
+    if not says_where(vm.memory) and _operands.decoder_missing():
+        raise Error("KVM does not say here which page was missing, and to find it mode='faults' needs iced-x86: "
+                    "pip install 'kvmexit[faults]'; or use mode='userfaultfd'")  # fmt: skip
+    return slot, vm.memory
 
 
 def _memory_of(slot: Slot | Buffer) -> tuple[memoryview, int]:
@@ -293,15 +438,25 @@ def _teller(on_error: Callable[[PagerError], object], gpa: int, offset: int) -> 
     return lambda failure: on_error(_error(failure, gpa, offset))
 
 
+def _errors(worker: Worker, gpa: int, offset: int) -> list[PagerError]:
+    return [_error(failure, gpa, offset) for failure in worker.failures()]
+
+
+def _last_error(worker: Worker, gpa: int, offset: int, at: int) -> PagerError | None:
+    errors = reversed(_errors(worker, gpa, offset))
+    return next((error for error in errors if error.gpa <= at < error.gpa + error.size), None)
+
+
 def _error(failure: _Failure, gpa: int, offset: int) -> PagerError:
     page, pages, why, error, got, raised = failure
     at, size = page * _PAGE, pages * _PAGE
+    call = {_UNFILLED: " from UFFDIO_COPY", _UNSHARED: " from KVM_SET_MEMORY_ATTRIBUTES"}.get(why, "")
     text = {
         _SHORT: f"it gave {got:#x} of {size:#x} bytes",
         _LONG: f"it gave more than the {size:#x} bytes it was asked for",
         _CLOSED: "the other side closed it",
         _RAISED: f"it raised {raised!r}",
-    }.get(why, f"{os.strerror(error)} (errno {error})" + (" from UFFDIO_COPY" if why > _RAISED else ""))
+    }.get(why, f"{os.strerror(error)} (errno {error}){call}")
     made = PagerError(gpa + at, size, offset + at, text, error or None)
     made.__cause__ = raised if raised is not None else OSError(error, os.strerror(error)) if error else None
     return made

@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 from bisect import bisect_right
+from collections.abc import Iterator
 from typing import NamedTuple
 
 __all__ = ["Cause", "Host"]
@@ -82,7 +83,8 @@ class Host:
         self.unsure = False
         self._lines: list[bytes] | None = None
         self._starts: list[int] = []
-        self._flags: dict[int, set[bytes]] | None = None
+        self._flags: dict[int, set[bytes]] = {}
+        self._smaps = _read_smaps()
         self._sizes: dict[tuple[int, int], int | None] = {}
 
     def cause(self, hva: int, write: bool, probe: bool) -> Cause | None:
@@ -145,19 +147,13 @@ class Host:
         return self._sizes[key]
 
     def _vm_flags(self, at: _Mapping) -> set[bytes] | None:
-        if self._flags is None:
-            self._flags = {}
-            try:
-                with open("/proc/self/smaps", "rb") as file:
-                    start = 0
-                    for line in file:
-                        if line.startswith(b"VmFlags:"):
-                            self._flags[start] = set(line.split()[1:])
-                        elif not line[:1].isupper():
-                            start = int(line[: line.index(b"-")], 16)
-            except OSError:
-                pass
-        return self._flags.get(at.start)
+        """Read no further than to that mapping: for each one the kernel looks at all its pages."""
+        while at.start not in self._flags:
+            found = next(self._smaps, None)
+            if found is None:
+                return None
+            self._flags[found[0]] = found[1]
+        return self._flags[at.start]
 
     def _populate(self, hva: int, write: bool) -> Cause | None:
         error = libc_call("madvise", hva, PAGE, _POPULATE_WRITE if write else _POPULATE_READ)
@@ -168,6 +164,20 @@ class Host:
         if error:
             self.unsure = True  # a kernel before 5.14, or things changed meanwhile
         return None
+
+
+def _read_smaps() -> Iterator[tuple[int, set[bytes]]]:
+    """-> each mapping's start and VmFlags, by address."""
+    try:
+        with open("/proc/self/smaps", "rb") as file:
+            start = 0
+            for line in file:
+                if line.startswith(b"VmFlags:"):
+                    yield start, set(line.split()[1:])
+                elif not line[:1].isupper():
+                    start = int(line[: line.index(b"-")], 16)
+    except OSError:
+        pass
 
 
 def _find_size(at: _Mapping) -> int | None:

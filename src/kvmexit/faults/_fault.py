@@ -23,6 +23,7 @@ __all__ = ["Fault", "OnFault"]
 
 _PROT_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _FIXED, _PRIVATE, _ANONYMOUS = 0x10, 0x02, 0x20
+_ADVICE = {"MADV_DONTNEED": (24, 4), "MADV_REMOVE": (9,)}  # 24: _LOCKED, what mlock() has, too (Linux 5.18)
 
 
 class Fault:
@@ -86,14 +87,15 @@ class Fault:
     def repair(self) -> None:
         """Do what the cause asks for, where that needs nothing else.
 
-        map() what is unmapped or poisoned, protect(), convert(), rebind(); nothing where nothing is wrong any more.
+        map() what is unmapped, renew() what is poisoned (its data is lost, and the guest is not told: inject()), protect(),
+        convert(), rebind(); nothing where nothing is wrong any more.
         Raises Error for the other causes, with what to do instead, and what the repair raises. One that does not help
         comes again, and ends in a FaultLoopError.
         """
         if self.cause is Cause.NOTHING_FOUND:
             return
         repairs: dict[Cause, Callable[[], object]] = {
-            Cause.UNMAPPED: self.map, Cause.POISONED: self.map, Cause.PROT_NONE: self.protect,
+            Cause.UNMAPPED: self.map, Cause.POISONED: self.renew, Cause.PROT_NONE: self.protect,
             Cause.PROT_READ: self.protect, Cause.WRONG_SIDE: self.convert, Cause.GUEST_MEMFD_CLOSED: self.rebind,
         }  # fmt: skip
         if self.cause not in repairs:
@@ -102,10 +104,34 @@ class Fault:
 
     def map(self) -> None:
         """Put a new page of zeros at its host address (mmap with MAP_FIXED): what was there is gone."""
-        at = self._page()
-        error = libc_call("mmap", at, PAGE, _PROT_READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS, -1, 0, fails=-1)
-        if error:
-            raise OSError(error, os.strerror(error), f"mmap of {at:#x}")
+        _map(self._page(), PAGE)
+
+    def renew(self) -> None:
+        """Give up the poisoned page for a new one: the data is lost, and reads as zeros, or as its file has it.
+
+        As little as needed: the page is dropped from this process (MADV_DONTNEED); where the file behind it keeps it,
+        poisoned, a hole is punched there, for all who share it (MADV_REMOVE; fallocate() of a guest_memfd); a private
+        mapping of such a file gets a page of zeros. All that the exit names, and of huge pages (hugetlbfs) each whole: it is
+        lost as a whole. Raises OSError or KvmError.
+        """
+        slot, size = self._slot(), PAGE
+        if isinstance(self.exit, MemoryFault):
+            size = max(PAGE, min(self.exit.size, slot.gpa + slot.size - self.exit.gpa))
+            if self.exit.private:
+                slot._renew_private(self.exit.gpa // PAGE * PAGE, size)
+                return
+        host, first = Host(), self._page()
+        page = host.page_size(first)
+        for at in range(first // page * page, first + size, page):
+            _advise("MADV_DONTNEED", at, page)
+            if Host().cause(at, False, True) is not Cause.POISONED:
+                continue
+            mapping = host.mapping(at)
+            if mapping is not None and mapping.permissions[3] == "s":
+                _advise("MADV_REMOVE", at, page)
+                _advise("MADV_DONTNEED", at, page)
+            else:
+                _map(at, page)
 
     def protect(self, protection: int = _PROT_READ_WRITE) -> None:
         """mprotect() the page: PROT_READ | PROT_WRITE. Raises OSError where its file was opened for reading only."""
@@ -186,6 +212,22 @@ class Fault:
         if hva is None:
             raise Error(f"there is no page to repair: {self.explanation}")
         return hva // PAGE * PAGE
+
+
+def _map(at: int, size: int) -> None:
+    error = libc_call("mmap", at, size, _PROT_READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS, -1, 0, fails=-1)
+    if error:
+        raise OSError(error, os.strerror(error), f"mmap of {at:#x}")
+
+
+def _advise(name: str, at: int, size: int) -> None:
+    """madvise(); the first of the values that the kernel takes."""
+    error = 0
+    for value in _ADVICE[name]:
+        error = libc_call("madvise", at, size, value)
+        if not error:
+            return
+    raise OSError(error, os.strerror(error), f"madvise({name}) of {at:#x}, size {size:#x}")
 
 
 class OnFault:

@@ -83,6 +83,7 @@ class Host:
         self._lines: list[bytes] | None = None
         self._starts: list[int] = []
         self._flags: dict[int, set[bytes]] | None = None
+        self._page_sizes: dict[int, int] = {}
         self._sizes: dict[tuple[int, int], int | None] = {}
 
     def cause(self, hva: int, write: bool, probe: bool) -> Cause | None:
@@ -137,6 +138,13 @@ class Host:
             os.fsdecode(path[0].rstrip(b"\n")) if path else "",
         )  # fmt: skip
 
+    def page_size(self, hva: int) -> int:
+        """Bytes of a page there: more than PAGE in hugetlbfs."""
+        at = self.mapping(hva)
+        if at is None or self._vm_flags(at) is None:
+            return PAGE
+        return self._page_sizes.get(at.start, PAGE)
+
     def _file_size(self, at: _Mapping) -> int | None:
         """Of the regular file mapped there; None where it is another kind, or none that can be found."""
         key = (at.device, at.inode)
@@ -153,6 +161,8 @@ class Host:
                     for line in file:
                         if line.startswith(b"VmFlags:"):
                             self._flags[start] = set(line.split()[1:])
+                        elif line.startswith(b"KernelPageSize:"):
+                            self._page_sizes[start] = int(line.split()[1]) * 1024
                         elif not line[:1].isupper():
                             start = int(line[: line.index(b"-")], 16)
             except OSError:

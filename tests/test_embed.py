@@ -45,6 +45,7 @@ class Api(ctypes.Structure):
         ("answer", ctypes.CFUNCTYPE(ctypes.c_int, POINTER)), ("kick", ctypes.CFUNCTYPE(ctypes.c_int, POINTER)),
         ("convert", ctypes.CFUNCTYPE(
             ctypes.c_int, POINTER, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int, ctypes.POINTER(ctypes.c_uint64))),
+        ("poison", ctypes.CFUNCTYPE(ctypes.c_int, POINTER, POINTER)),
     ]  # fmt: skip
 
 

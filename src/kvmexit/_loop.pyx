@@ -687,6 +687,11 @@ cdef class Vcpu:
             return None
         return self.page.c.run.s.regs.regs.rip
 
+    @property
+    def _entered_at(self):
+        """What vm.memory.changes was when the guest was entered for the exit in hand."""
+        return self.page.c.generation
+
     def _explain(self, Exit e not None):
         """Exit.explain() of one that this vCPU has not gone on from."""
         if e.page is not self.page or not e.is_current():

@@ -208,12 +208,13 @@ cdef class Slot:
         """Give up the slot's private pages there for new ones: the data is lost. faults.Fault.renew() has checked the range."""
         cdef int error
         cdef uint64_t first = gpa, count = size
-        if self.region.gmem_fd < 0:
+        if self.region.gmem_fd < 0 or self.conversions is None:
             raise Error(f"{self!r} has no guest_memfd")
         with nogil:
             error = renew_private(&self.region, first, count)
         if error:
             raise KvmError(error, "fallocate", f"gpa {gpa:#x}, size {size:#x} of {self!r}")
+        kvmexit_next_generation(&self.conversions.c.generation)
 
     def close_guest_memfd(self):
         """Close the slot's guest_memfd, and unmap it where it is what the slot maps. KVM drops the pages, and the guest's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ __all__ = ["Fault", "OnFault"]
 
 _PROT_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _FIXED, _PRIVATE, _ANONYMOUS = 0x10, 0x02, 0x20
+_renewing = threading.Lock()  # two handlers at one page: the second must not drop what a guest has written to the new one
 _ADVICE = {"MADV_DONTNEED": (24, 4), "MADV_REMOVE": (9,)}  # 24: _LOCKED, what mlock() has, too (Linux 5.18)
 
 
@@ -112,26 +114,20 @@ class Fault:
         As little as needed: the page is dropped from this process (MADV_DONTNEED); where the file behind it keeps it,
         poisoned, a hole is punched there, for all who share it (MADV_REMOVE; fallocate() of a guest_memfd); a private
         mapping of such a file gets a page of zeros. All that the exit names, and of huge pages (hugetlbfs) each whole: it is
-        lost as a whole. Raises OSError or KvmError.
+        lost as a whole. Nothing where another vCPU's handler was first. Raises OSError or KvmError.
         """
         slot, size = self._slot(), PAGE
         if isinstance(self.exit, MemoryFault):
             size = max(PAGE, min(self.exit.size, slot.gpa + slot.size - self.exit.gpa))
-            if self.exit.private:
-                slot._renew_private(self.exit.gpa // PAGE * PAGE, size)
+        with _renewing:
+            if isinstance(self.exit, MemoryFault) and self.exit.private:
+                if self.vcpu._entered_at == self.vcpu.vm.memory.changes:  # else the access comes again, if need be
+                    slot._renew_private(self.exit.gpa // PAGE * PAGE, size)
                 return
-        host, first = Host(), self._page()
-        page = host.page_size(first)
-        for at in range(first // page * page, first + size, page):
-            _advise("MADV_DONTNEED", at, page)
-            if Host().cause(at, False, True) is not Cause.POISONED:
-                continue
-            mapping = host.mapping(at)
-            if mapping is not None and mapping.permissions[3] == "s":
-                _advise("MADV_REMOVE", at, page)
-                _advise("MADV_DONTNEED", at, page)
-            else:
-                _map(at, page)
+            first = self._page()
+            page = Host().page_size(first)
+            for at in range(first // page * page, first + size, page):
+                _renew(at, page)
 
     def protect(self, protection: int = _PROT_READ_WRITE) -> None:
         """mprotect() the page: PROT_READ | PROT_WRITE. Raises OSError where its file was opened for reading only."""
@@ -218,6 +214,23 @@ def _map(at: int, size: int) -> None:
     error = libc_call("mmap", at, size, _PROT_READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS, -1, 0, fails=-1)
     if error:
         raise OSError(error, os.strerror(error), f"mmap of {at:#x}")
+
+
+def _renew(at: int, size: int) -> None:
+    """A poisoned page becomes a new one; one that can be reached stays as it is."""
+    host = Host()
+    if host.cause(at, False, True) is not Cause.POISONED and not host.unsure and not host.has_userfaultfd(at):
+        return
+    _advise("MADV_DONTNEED", at, size)
+    host = Host()
+    if host.cause(at, False, True) is not Cause.POISONED:
+        return
+    mapping = host.mapping(at)
+    if mapping is None or mapping.permissions[3] != "s":
+        _map(at, size)
+        return
+    _advise("MADV_REMOVE", at, size)
+    _advise("MADV_DONTNEED", at, size)
 
 
 def _advise(name: str, at: int, size: int) -> None:

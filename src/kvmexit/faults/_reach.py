@@ -21,6 +21,7 @@ PAGE = mmap.PAGESIZE
 _POPULATE_READ, _POPULATE_WRITE = 22, 23
 _EHWPOISON = 133
 _PRESENT, _SWAPPED, _WRITE_PROTECTED = 1 << 63, 1 << 62, 1 << 57  # Documentation/admin-guide/mm/pagemap.rst
+_USERFAULTFD = {b"um", b"ui", b"uw"}  # of VmFlags: missing, minor, write-protected pages
 
 
 class Cause(enum.Enum):
@@ -107,7 +108,7 @@ class Host:
         if flags is None:
             self.unsure = True  # a userfaultfd may be there
             return None
-        if flags & {b"um", b"ui", b"uw"}:
+        if flags & _USERFAULTFD:
             missing = b"um" in flags and not entry & (_PRESENT | _SWAPPED) and not _resident(hva)
             unseen = b"ui" in flags and not entry & _PRESENT
             protected = b"uw" in flags and write and entry & _WRITE_PROTECTED
@@ -144,6 +145,11 @@ class Host:
         if at is None or self._vm_flags(at) is None:
             return PAGE
         return self._page_sizes.get(at.start, PAGE)
+
+    def has_userfaultfd(self, hva: int) -> bool:
+        """Whether one is registered there: such pages are not probed."""
+        at = self.mapping(hva)
+        return at is not None and not (self._vm_flags(at) or set()).isdisjoint(_USERFAULTFD)
 
     def _file_size(self, at: _Mapping) -> int | None:
         """Of the regular file mapped there; None where it is another kind, or none that can be found."""

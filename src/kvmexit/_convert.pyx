@@ -502,7 +502,7 @@ cdef int has_state(Converter *c, uint64_t first, uint64_t last, bint private) no
 
 cdef bint locate(Converter *c, uint64_t hva, uint64_t span, uint64_t *gpa, uint64_t *size, bint *private) noexcept nogil:
     """Whether a host address is a region's, of either side, and where it is in the guest's memory: `span` bytes around it, a
-    power of two, as far as they are the region's. Waits for the lock: docs/control.md has who may call it."""
+    power of two, as far as they are the region's. Waits for the lock: _poison.h has why a signal handler may."""
     cdef Region *r
     cdef uint64_t base = 0, first, last
     cdef size_t i

@@ -28,8 +28,8 @@ from kvmexit._exits cimport (
 )
 from kvmexit._page cimport (
     KVMEXIT_REQUEST_CLOSED, KVMEXIT_REQUEST_KICK, KVMEXIT_REQUEST_PAUSE, REGS, Page, kvmexit_claim, kvmexit_disown,
-    kvmexit_owner, kvmexit_parked, kvmexit_poison, kvmexit_requests, kvmexit_set_parked, kvmexit_set_seq, kvmexit_stats, kvmexit_vcpu,
-    settle_registers,
+    kvmexit_owner, kvmexit_parked, kvmexit_poison, kvmexit_requests, kvmexit_set_parked, kvmexit_set_seq, kvmexit_stats,
+    kvmexit_vcpu, settle_registers,
 )
 from kvmexit._registers cimport events_of, regs_of, sregs_of
 from kvmexit._routes cimport RouteTable, kvmexit_begin_native, kvmexit_end_native, kvmexit_find, kvmexit_key

@@ -24,7 +24,8 @@ __all__ = ["Fault", "OnFault"]
 
 _PROT_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _FIXED, _PRIVATE, _ANONYMOUS = 0x10, 0x02, 0x20
-_renewing = threading.Lock()  # two handlers at one page: the second must not drop what a guest has written to the new one
+# Of two handlers at one page, the second must not drop what a guest has written to the new one.
+_renewing = threading.Lock()
 _ADVICE = {"MADV_DONTNEED": (24, 4), "MADV_REMOVE": (9,)}  # 24: _LOCKED, what mlock() has, too (Linux 5.18)
 
 
@@ -89,7 +90,7 @@ class Fault:
     def repair(self) -> None:
         """Do what the cause asks for, where that needs nothing else.
 
-        map() what is unmapped, renew() what is poisoned (its data is lost, and the guest is not told: inject()), protect(),
+        map() what is unmapped, renew() what is poisoned (its data is lost; inject() tells the guest), protect(),
         convert(), rebind(); nothing where nothing is wrong any more.
         Raises Error for the other causes, with what to do instead, and what the repair raises. One that does not help
         comes again, and ends in a FaultLoopError.
@@ -113,8 +114,8 @@ class Fault:
 
         As little as needed: the page is dropped from this process (MADV_DONTNEED); where the file behind it keeps it,
         poisoned, a hole is punched there, for all who share it (MADV_REMOVE; fallocate() of a guest_memfd); a private
-        mapping of such a file gets a page of zeros. All that the exit names, and of huge pages (hugetlbfs) each whole: it is
-        lost as a whole. Nothing where another vCPU's handler was first. Raises OSError or KvmError.
+        mapping of such a file gets a page of zeros. All that the exit names, and of huge pages (hugetlbfs) each whole:
+        it is lost as a whole. Nothing where another vCPU's handler was first. Raises OSError or KvmError.
         """
         slot, size = self._slot(), PAGE
         if isinstance(self.exit, MemoryFault):

@@ -19,7 +19,7 @@ class PoisonCatch:
 
     @property
     def first(self) -> bool:
-        """Whether SIGBUS comes to kvmexit before other handlers. Else one was installed since, and has the first word."""
+        """Whether SIGBUS comes to kvmexit first. Else a handler was installed since, and has the first word."""
         return _loop.catches_first()
 
     def close(self) -> None:

@@ -126,6 +126,7 @@ EXPECTED_SKIPS = [
     "this kernel has no guest_memfd",  # in an ordinary VM
     "this kernel has no KVM_PRE_FAULT_MEMORY",
     *([] if KERNEL >= (6, 12) else ["this kernel has no KVM_X86_QUIRK_SLOT_ZAP_ALL"]),
+    "this kernel does not poison memory on request",  # the lab's does
     "a guest's hypercall does not exit on this machine",
     "this kernel's KVM has no Hyper-V",  # nor Xen: a choice when it is configured; the lab's has both
     "this kernel's KVM has no Xen",
@@ -137,6 +138,7 @@ EXPECTED_SKIPS = [
       else ["this Python has a GIL"]),
     *([] if KERNEL >= (6, 18) else ["this kernel's guest_memfd has no MMAP and INIT_SHARED"]),
     *([] if os.path.exists("/dev/kvm") else ["no KVM"]),
+    *([] if os.path.isdir("/sys/kernel/mm/hugepages") else ["no huge pages here"]),
 ]
 
 

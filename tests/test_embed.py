@@ -45,6 +45,7 @@ class Api(ctypes.Structure):
         ("answer", ctypes.CFUNCTYPE(ctypes.c_int, POINTER)), ("kick", ctypes.CFUNCTYPE(ctypes.c_int, POINTER)),
         ("convert", ctypes.CFUNCTYPE(
             ctypes.c_int, POINTER, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int, ctypes.POINTER(ctypes.c_uint64))),
+        ("poison", ctypes.CFUNCTYPE(ctypes.c_int, POINTER, POINTER)),
     ]  # fmt: skip
 
 
@@ -671,8 +672,8 @@ PyMODINIT_FUNC PyInit_importing(void) { return PyModule_Create(&module); }
     ("change", "says"),
     [
         (None, "(0, 5)"),
-        (("KVMEXIT_EMBED_VERSION 1 ", "KVMEXIT_EMBED_VERSION 2 "), "version 1 and 56 bytes; this was compiled for version 2 and 56 bytes"),
-        (("    int (*answer)", "    int (*newer)(void);\n    int (*answer)"), "compiled for version 1 and 64 bytes"),
+        (("KVMEXIT_EMBED_VERSION 1 ", "KVMEXIT_EMBED_VERSION 2 "), "version 1 and 64 bytes; this was compiled for version 2 and 64 bytes"),
+        (("    int (*answer)", "    int (*newer)(void);\n    int (*answer)"), "compiled for version 1 and 72 bytes"),
     ],
 )  # fmt: skip
 def test_a_program_that_was_compiled_for_another_version_is_told(tmp_path, change, says):

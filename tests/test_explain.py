@@ -841,7 +841,7 @@ def test_what_the_kernel_answers_to_populate(mapped, monkeypatch, number, cause,
 
 def test_a_host_that_hides_its_flags_leaves_doubt(mapped, monkeypatch):
     """Without VmFlags a userfaultfd may be there: nothing is populated, nothing is certain."""
-    monkeypatch.setattr(_reach.Host, "_vm_flags", lambda self, at: None)
+    monkeypatch.setattr(_reach.Host, "_details_of", lambda self, at: None)
     monkeypatch.setattr(_reach, "libc_call", None)
     host = _reach.Host()
     assert (host.cause(mapped[1], True, True), host.unsure) == (None, True)

@@ -35,17 +35,19 @@ BURST = {
     "_loop": [
         "triage", "burst", "interrupted", "outer_paused", "fault_repeats", "note_generation", "lost_race", "dispatch_natively", "call_natively",
         "describe", "classify", "is_well_formed_io", "completes_on_entry", "go_down", "after_burst", "claim", "let_go",
-        "begin_natively", "enter_natively", "stand_still", "end_run", "ask_natively"],
+        "begin_natively", "enter_natively", "stand_still", "end_run", "ask_natively",
+        "locate_poison", "take_poison"],
     "_page": ["flush_registers", "settle_registers", "forget"],
     "_vcpus": ["stopped_one"],
-    "_embed": ["run", "go_round", "offer_again", "finish", "told", "shown", "claim_exit", "pending", "answer", "kick", "convert", "convert_steps"],
+    "_embed": ["run", "go_round", "offer_again", "finish", "told", "shown", "claim_exit", "pending", "answer", "kick", "convert", "convert_steps",
+        "poison"],
     "_native": ["ignore", "fill", "stop", "count", "ring", "access_registers", "load_register", "store_register"],
     "_trace": ["enter_scripted"],
     "_replay": ["enter_replayed", "fill", "rest_of", "answer_size"],
     "_native_convert": ["take", "repair", "plan", "follow", "part", "convert", "admit", "fail", "map_gpa_range", "reply"],
     "_convert": [
         "has_state", "find", "position", "examine_fault", "examine", "refuse", "convert_chunk", "change", "end_of_run", "change_run",
-        "discard", "set_attributes"],
+        "discard", "set_attributes", "locate"],
 }
 CONCURRENT = ["_control.h", "_embed.pyx", "_loop.pyx", "_record.pyx", "_ring.h", "_routes.h", "_routes.pyx", "_vcpus.pyx"]
 PYTHON = re.compile(r"\b(_?Py[A-Z_]\w*|__Pyx_\w+)\s*\(")

@@ -60,6 +60,7 @@ KVMEXIT_TLS struct kvmexit_thread kvmexit_this;
 static int kvmexit_signal; /* 0: not installed yet */
 static struct sigaction kvmexit_previous;
 static pthread_key_t kvmexit_thread_end;
+static int kvmexit_poison_users; /* atomic; how many want poison caught: _poison.h */
 
 /* A signal that nobody wants any more stops the timer, so a thread that left run() is disturbed once at most. */
 static void kvmexit_on_signal(int number, siginfo_t *info, void *context)
@@ -173,10 +174,13 @@ static void kvmexit_end(struct kvmexit_vcpu *v)
     __atomic_store_n(&v->tid, 0, __ATOMIC_SEQ_CST);
     kvmexit_this.current = v->outer;
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
-    if (v->was_blocked) {
+    if (v->was_blocked || v->bus_was_blocked) {
         sigset_t set;
         sigemptyset(&set);
-        sigaddset(&set, kvmexit_signal);
+        if (v->was_blocked)
+            sigaddset(&set, kvmexit_signal);
+        if (v->bus_was_blocked)
+            sigaddset(&set, SIGBUS);
         pthread_sigmask(SIG_BLOCK, &set, NULL);
     }
     if (v->outer) /* this run() may have moved the timer past the outer one's deadline */
@@ -194,12 +198,16 @@ static inline int kvmexit_nested(const struct kvmexit_vcpu *v)
 static int kvmexit_begin(struct kvmexit_vcpu *v, uint64_t timeout_ns, int main_thread)
 {
     struct kvmexit_thread *t = &kvmexit_this;
+    const int catches_poison = __atomic_load_n(&kvmexit_poison_users, __ATOMIC_RELAXED) != 0;
     sigset_t set, old;
     sigemptyset(&set);
     sigaddset(&set, kvmexit_signal);
+    if (catches_poison) /* blocked, it would not end KVM_RUN, which then tries for ever */
+        sigaddset(&set, SIGBUS);
     if ((errno = pthread_sigmask(SIG_UNBLOCK, &set, &old)) != 0)
         return -1;
     v->was_blocked = sigismember(&old, kvmexit_signal) == 1;
+    v->bus_was_blocked = catches_poison && sigismember(&old, SIGBUS) == 1;
     if (t->pid != v->pid) { /* the first run() of this thread, or of a forked child: the parent's timer and vCPU are not ours */
         t->armed_ns = 0;
         t->current = NULL;
@@ -295,12 +303,6 @@ static inline void kvmexit_consume_kick(struct kvmexit_vcpu *v)
 static inline void kvmexit_set_immediate_exit(struct kvmexit_vcpu *v)
 {
     __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-}
-
-/* libc's symbol on purpose: it can be interposed. */
-static int kvmexit_enter_kvm(struct kvmexit_vcpu *v)
-{
-    return ioctl(v->fd, KVM_RUN, 0) < 0 ? -errno : 0;
 }
 
 #endif /* KVMEXIT_CONTROL_H */

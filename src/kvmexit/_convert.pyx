@@ -500,6 +500,40 @@ cdef int has_state(Converter *c, uint64_t first, uint64_t last, bint private) no
     return has
 
 
+cdef bint locate(Converter *c, uint64_t hva, uint64_t span, uint64_t *gpa, uint64_t *size, bint *private) noexcept nogil:
+    """Whether a host address is a region's, of either side, and where it is in the guest's memory: `span` bytes around it, a
+    power of two, as far as they are the region's. Waits for the lock: _poison.h has why a signal handler may."""
+    cdef Region *r
+    cdef uint64_t base = 0, first, last
+    cdef size_t i
+    cdef bint found = False
+    pthread_mutex_lock(&c.lock)
+    for i in range(c.count):
+        r = c.regions[i]
+        base = r.hva
+        private[0] = r.private_side != NULL and hva - <uint64_t><uintptr_t>r.private_side <= r.last - r.first
+        if private[0]:
+            base = <uint64_t><uintptr_t>r.private_side
+        if hva - base <= r.last - r.first:
+            first, last = max(hva & ~(span - 1), base), min(hva | (span - 1), base + (r.last - r.first))
+            gpa[0], size[0] = r.first + (first - base), last - first + 1
+            found = True
+            break
+    pthread_mutex_unlock(&c.lock)
+    return found
+
+
+cdef int renew_private(Region *r, uint64_t gpa, uint64_t size) noexcept nogil:
+    """Give up pages of the private side for new ones, of zeros. 0, or errno."""
+    cdef uint64_t offset = gpa - r.first
+    while fallocate(r.gmem_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, r.gmem_offset + offset, size) != 0:
+        if errno != EINTR:
+            return errno
+    if r.private_side != NULL and madvise(r.private_side + offset, size, MADV_DONTNEED) != 0:
+        return errno  # its page tables say that the page is poisoned, and are not cleared by the hole
+    return 0
+
+
 cdef Step list_runs(Converter *c, Run **runs, size_t *count) noexcept nogil:
     """All regions as maximal runs of one state, malloc'ed; pages whose state is not known are left out."""
     cdef Run *grown

@@ -16,7 +16,7 @@ from kvmexit._exits cimport UNKNOWN
 from kvmexit._dispatch cimport describe, dispatch_natively, go_down
 from kvmexit._loop cimport (
     AGAIN, BROKEN, DRAINED, EXIT, FAILED, FAULT, KICKED, LOOK, LOOPING, PAUSED, STOPPED, TIMED_OUT, UNWRITTEN,
-    Outcome, Vcpu, ask_natively, begin_natively, end_run, enter_natively, interrupted, let_go, stand_still,
+    Outcome, Vcpu, ask_natively, begin_natively, end_run, enter_natively, interrupted, let_go, stand_still, take_poison,
 )
 from kvmexit._page cimport (
     KVMEXIT_REQUEST_CLOSED, KVMEXIT_REQUEST_KICK, flush_registers, kvmexit_begin_use, kvmexit_claim, kvmexit_end_use,
@@ -45,6 +45,7 @@ cdef extern from "include/kvmexit/embed.h" nogil:
         int (*answer)(kvmexit_vcpu *) noexcept nogil
         int (*kick)(kvmexit_vcpu *) noexcept nogil
         int (*convert)(kvmexit_vcpu *, uint64_t, uint64_t, int, uint64_t *) noexcept nogil
+        int (*poison)(const void *, const void *) noexcept nogil
 
 
 cdef enum:
@@ -262,6 +263,10 @@ cdef int convert_steps(kvmexit_vcpu *c, uint64_t first, uint64_t last, bint priv
     return EBADF
 
 
+cdef int poison(const void *siginfo, const void *context) noexcept nogil:
+    return take_poison(siginfo, context)
+
+
 # ---- the table ----
 
 cdef kvmexit_vcpu *vcpu_of(void *thing) except NULL:
@@ -274,6 +279,6 @@ cdef kvmexit_vcpu *vcpu_of(void *thing) except NULL:
 
 
 cdef kvmexit_api _api = kvmexit_api(
-    KVMEXIT_EMBED_VERSION, sizeof(kvmexit_api), vcpu_of, run, pending, answer, kick, convert)
+    KVMEXIT_EMBED_VERSION, sizeof(kvmexit_api), vcpu_of, run, pending, answer, kick, convert, poison)
 
 _C_API = PyCapsule_New(&_api, KVMEXIT_EMBED, NULL)

@@ -56,4 +56,5 @@ cdef Outcome enter_natively(kvmexit_vcpu *c, bint drain) noexcept nogil
 cdef Outcome stand_still(kvmexit_vcpu *c) noexcept nogil
 cdef void let_go(kvmexit_vcpu *c) noexcept nogil
 cdef void end_run(kvmexit_vcpu *c) noexcept nogil
+cdef bint take_poison(const void *siginfo, const void *context) noexcept nogil
 cdef int ask_natively(kvmexit_vcpu *c, uint32_t request) noexcept nogil

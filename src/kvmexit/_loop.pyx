@@ -20,7 +20,7 @@ from libc.string cimport memcmp, memcpy, memset
 from kvmexit._chain cimport (
     KVMEXIT_DONE, KVMEXIT_LATER, KVMEXIT_PASS, KVMEXIT_STOP, kvmexit_exit, kvmexit_route, kvmexit_table,
 )
-from kvmexit._convert cimport Converter, has_state, kvmexit_generation
+from kvmexit._convert cimport Converter, has_state, kvmexit_generation, locate
 from kvmexit._dispatch cimport call_natively, describe, dispatch_natively
 from kvmexit._exits cimport (
     PLACES, UNEXPLAINED, Exit, Interrupted, UnexplainedFault, Mmio, answer, classify, completes_on_entry, make,
@@ -28,8 +28,8 @@ from kvmexit._exits cimport (
 )
 from kvmexit._page cimport (
     KVMEXIT_REQUEST_CLOSED, KVMEXIT_REQUEST_KICK, KVMEXIT_REQUEST_PAUSE, REGS, Page, kvmexit_claim, kvmexit_disown,
-    kvmexit_owner, kvmexit_parked, kvmexit_requests, kvmexit_set_parked, kvmexit_set_seq, kvmexit_stats, kvmexit_vcpu,
-    settle_registers,
+    kvmexit_owner, kvmexit_parked, kvmexit_poison, kvmexit_requests, kvmexit_set_parked, kvmexit_set_seq, kvmexit_stats,
+    kvmexit_vcpu, settle_registers,
 )
 from kvmexit._registers cimport events_of, regs_of, sregs_of
 from kvmexit._routes cimport RouteTable, kvmexit_begin_native, kvmexit_end_native, kvmexit_find, kvmexit_key
@@ -83,7 +83,14 @@ cdef extern from "_control.h" nogil:
     uint32_t kvmexit_acknowledge(kvmexit_vcpu *)
     void kvmexit_consume_kick(kvmexit_vcpu *)
     uint64_t kvmexit_now_ns()
+
+cdef extern from "_poison.h" nogil:
+    bint (*kvmexit_locate)(const kvmexit_vcpu *, uint64_t, uint64_t, kvmexit_poison *) noexcept nogil
     int kvmexit_enter_kvm(kvmexit_vcpu *)
+    bint kvmexit_take_poison(const void *, const void *)
+    int kvmexit_catch_poison()
+    void kvmexit_release_poison()
+    bint kvmexit_catches_first()
 
 
 cdef enum:
@@ -282,6 +289,41 @@ cdef void after_burst(kvmexit_vcpu *c, Outcome outcome, uint64_t native) noexcep
             c.needs = False  # there is no exit
         if c.native & 1:
             kvmexit_end_native(c)
+
+
+# ---- poisoned memory: _poison.h ----
+
+cdef bint locate_poison(const kvmexit_vcpu *c, uint64_t hva, uint64_t span, kvmexit_poison *found) noexcept nogil:
+    cdef bint private = False
+    if not locate(<Converter *>c.converter, hva, span, &found.gpa, &found.size, &private):
+        return False
+    found.flags = KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0
+    return True
+
+
+cdef bint take_poison(const void *siginfo, const void *context) noexcept nogil:
+    """In a handler of SIGBUS: whether it is of this thread's guest, whose run then says so."""
+    return kvmexit_take_poison(siginfo, context)
+
+
+kvmexit_locate = locate_poison
+
+
+def catch_poison():
+    """Have SIGBUS handled, for faults.catch_poison()."""
+    error = kvmexit_catch_poison()
+    if error:
+        raise KvmError(error, "sigaction")
+
+
+def release_poison():
+    """Undo one catch_poison()."""
+    kvmexit_release_poison()
+
+
+def catches_first():
+    """Whether SIGBUS comes to our handler before any other."""
+    return kvmexit_catches_first()
 
 
 # ---- a run() without Python: _embed.pyx ----
@@ -644,6 +686,11 @@ cdef class Vcpu:
         except KvmError:
             return None
         return self.page.c.run.s.regs.regs.rip
+
+    @property
+    def _entered_at(self):
+        """What vm.memory.changes was when the guest was entered for the exit in hand."""
+        return self.page.c.generation
 
     def _explain(self, Exit e not None):
         """Exit.explain() of one that this vCPU has not gone on from."""

@@ -33,7 +33,7 @@ from kvmexit._convert cimport (
     BUSY, DONE, DONTNEED, NO_BACKEND, NO_PRIVATE_SIDE, NO_SLOT, NOTHING, PUNCH, REMOVE, SET_FAILED, STUCK, UNDECIDED,
     UNDECIDED_DISCARD, AttributesBackend, Conversions, Converter, Piece, Region, Result, Run, SlotRebind, Step,
     convert_chunk, examine, exclude, free_region, give_bits, insert, kvmexit_generation, kvmexit_next_generation,
-    kvmexit_take_fd, list_runs, release_number, reserve_number, state_at, withdraw,
+    kvmexit_take_fd, list_runs, release_number, renew_private, reserve_number, state_at, withdraw,
 )
 from kvmexit._dirty cimport DirtyLog, SlotDirty
 from kvmexit._ioctl cimport Handle, forks
@@ -203,6 +203,18 @@ cdef class Slot:
         if gpa < self.gpa or gpa + size > self.gpa + self.size:
             raise ValueError(f"gpa {gpa:#x}, size {size:#x} is not in {self!r}")
         dirty.clear((gpa - self.gpa) // _PAGE, size // _PAGE)
+
+    def _renew_private(self, gpa, size):
+        """Give up the slot's private pages there for new ones. The range is whole pages of it: Fault.renew() sees to that."""
+        cdef int error
+        cdef uint64_t first = gpa, count = size
+        if self.region.gmem_fd < 0 or self.conversions is None:
+            raise Error(f"{self!r} has no guest_memfd")
+        with nogil:
+            error = renew_private(&self.region, first, count)
+        if error:
+            raise KvmError(error, "fallocate", f"gpa {gpa:#x}, size {size:#x} of {self!r}")
+        kvmexit_next_generation(&self.conversions.c.generation)
 
     def close_guest_memfd(self):
         """Close the slot's guest_memfd, and unmap it where it is what the slot maps. KVM drops the pages, and the guest's

@@ -24,6 +24,10 @@ static inline uint64_t kvmexit_now_ns(void)
     return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
 }
 
+struct kvmexit_poison { /* what a guest wanted and the hardware has lost: as KVM_EXIT_MEMORY_FAULT says it */
+    uint64_t gpa, size, flags;
+};
+
 struct kvmexit_vcpu {
     /* the seam: what "KVM_RUN" is; returns 0 or -errno */
     int (*enter)(struct kvmexit_vcpu *);
@@ -91,7 +95,8 @@ struct kvmexit_vcpu {
     uint64_t exit_seq;        /* ... the `seq` it is of */
     uint64_t deadline_ns; /* CLOCK_MONOTONIC, or KVMEXIT_NEVER */
     struct kvmexit_vcpu *outer;
-    int main_thread, was_blocked;
+    int main_thread, was_blocked, bus_was_blocked; /* the kick's signal, SIGBUS */
+    struct kvmexit_poison poison; /* size 0: none; written by a signal handler of its thread, at the end of KVM_RUN */
 
     /* what the burst took on itself, for the record */
     uint64_t retried_unwritten, retried_eintr, retried_eagain, retried_enomem, retried_race;

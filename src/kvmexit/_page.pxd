@@ -13,6 +13,8 @@ cdef extern from "_page.h" nogil:
         pass
     struct kvmexit_trace:
         pass
+    struct kvmexit_poison:
+        uint64_t gpa, size, flags
     struct kvmexit_vcpu:
         int (*enter)(kvmexit_vcpu *) noexcept nogil
         kvm_run *run

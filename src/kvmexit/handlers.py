@@ -68,16 +68,19 @@ def coerce(handler: Handler[Any]) -> Handler[Any]:
 _PAGE = 4096
 
 
-def convert(vcpu: Vcpu, fault: MemoryFault) -> None:
+def convert(vcpu: Vcpu, fault: MemoryFault) -> object:
     """A handler for `on_memory_fault`: make the pages that the fault names private or shared, as the guest wants them.
 
     Raises ConversionError where that cannot be; the fault then stays pending. A fault over pages that are so already
-    (their guest_memfd is closed, or EHWPOISON) is not repaired by it: after `vcpu.fault_limit` of them run() raises
-    FaultLoopError. Source: Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT.
+    (their guest_memfd is closed) is not repaired by it: after `vcpu.fault_limit` of them run() raises FaultLoopError.
+    EHWPOISON is passed on. Source: Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT.
     """
+    if fault.errno != errnos.EFAULT:
+        return PASS
     first = fault.gpa // _PAGE * _PAGE
     size = -(-(fault.gpa + fault.size - first) // _PAGE) * _PAGE
     vcpu.vm.memory.convert(first, size, private=fault.private)
+    return None
 
 
 def collect_dirty(vcpu: Vcpu, full: DirtyRingFull) -> None:

@@ -36,6 +36,7 @@ from kvmexit._memory import GuestMemfdFlags
 from kvmexit._version import __version__
 from kvmexit._vm import VM, VMType
 from kvmexit.errors import KvmError
+from kvmexit.faults import catch_poison
 from kvmexit.testing import ScriptedVM
 
 __all__ = ["add_to"]
@@ -404,6 +405,17 @@ def reads_itself() -> Iterator[Finding]:
                           "needs CONFIG_CROSS_MEMORY_ATTACH, and a seccomp profile that lets it through")
 
 
+def poisoned_memory() -> Iterator[Finding]:
+    """Whether memory that the hardware loses can be a guest's fault, and not the end of the process."""
+    path, options = kernel_config()
+    if path and "CONFIG_MEMORY_FAILURE" not in options:
+        yield Finding("process", "poisoned memory", None, "not survived by this kernel",
+                      f"a kernel with CONFIG_MEMORY_FAILURE=y (off in {path})")
+        return
+    catch_poison().close()  # raises where it cannot be
+    yield Finding("process", "poisoned memory", True, "can be caught (faults.catch_poison)")
+
+
 def system_calls() -> Iterator[Finding]:
     """Calls that Python has no function for."""
     import ctypes
@@ -436,7 +448,7 @@ def gather(device: str) -> list[Finding]:
             for cpl in (3, 0):
                 findings += guarded("guest", probe, device, cpl)
         findings += guarded("guest", hypercall, device)
-    for process in (signals, reads_itself, system_calls):
+    for process in (signals, reads_itself, poisoned_memory, system_calls):
         findings += guarded("process", process)
     return findings
 

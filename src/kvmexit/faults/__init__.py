@@ -7,9 +7,10 @@ from kvmexit.faults._explain import Candidate, Explanation, as_memory, explain
 from kvmexit.faults._fault import Fault, OnFault
 from kvmexit.faults._inject import enable_machine_checks, inject, skip
 from kvmexit.faults._pager import Pager, PagerError, PagerStats
+from kvmexit.faults._poison import PoisonCatch, catch_poison
 from kvmexit.faults._reach import Cause
 
 __all__ = [
-    "Candidate", "Cause", "Explanation", "Fault", "OnFault", "Pager", "PagerError", "PagerStats", "as_memory",
-    "enable_machine_checks", "explain", "inject", "skip",
+    "Candidate", "Cause", "Explanation", "Fault", "OnFault", "Pager", "PagerError", "PagerStats", "PoisonCatch",
+    "as_memory", "catch_poison", "enable_machine_checks", "explain", "inject", "skip",
 ]  # fmt: skip

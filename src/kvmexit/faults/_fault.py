@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ __all__ = ["Fault", "OnFault"]
 
 _PROT_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _FIXED, _PRIVATE, _ANONYMOUS = 0x10, 0x02, 0x20
+# Of two handlers at one page, the second must not drop what a guest has written to the new one.
+_renewing = threading.Lock()
+_ADVICE = {"MADV_DONTNEED": (24, 4), "MADV_REMOVE": (9,)}  # 24: _LOCKED, what mlock() has, too (Linux 5.18)
 
 
 class Fault:
@@ -86,14 +90,15 @@ class Fault:
     def repair(self) -> None:
         """Do what the cause asks for, where that needs nothing else.
 
-        map() what is unmapped or poisoned, protect(), convert(), rebind(); nothing where nothing is wrong any more.
+        map() what is unmapped, renew() what is poisoned (its data is lost; inject() tells the guest), protect(),
+        convert(), rebind(); nothing where nothing is wrong any more.
         Raises Error for the other causes, with what to do instead, and what the repair raises. One that does not help
         comes again, and ends in a FaultLoopError.
         """
         if self.cause is Cause.NOTHING_FOUND:
             return
         repairs: dict[Cause, Callable[[], object]] = {
-            Cause.UNMAPPED: self.map, Cause.POISONED: self.map, Cause.PROT_NONE: self.protect,
+            Cause.UNMAPPED: self.map, Cause.POISONED: self.renew, Cause.PROT_NONE: self.protect,
             Cause.PROT_READ: self.protect, Cause.WRONG_SIDE: self.convert, Cause.GUEST_MEMFD_CLOSED: self.rebind,
         }  # fmt: skip
         if self.cause not in repairs:
@@ -102,10 +107,28 @@ class Fault:
 
     def map(self) -> None:
         """Put a new page of zeros at its host address (mmap with MAP_FIXED): what was there is gone."""
-        at = self._page()
-        error = libc_call("mmap", at, PAGE, _PROT_READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS, -1, 0, fails=-1)
-        if error:
-            raise OSError(error, os.strerror(error), f"mmap of {at:#x}")
+        _map(self._page(), PAGE)
+
+    def renew(self) -> None:
+        """Give up the poisoned page for a new one: the data is lost, and reads as zeros, or as its file has it.
+
+        As little as needed: the page is dropped from this process (MADV_DONTNEED); where the file behind it keeps it,
+        poisoned, a hole is punched there, for all who share it (MADV_REMOVE; fallocate() of a guest_memfd); a private
+        mapping of such a file gets a page of zeros. All that the exit names, and of huge pages (hugetlbfs) each whole:
+        it is lost as a whole. Nothing where another vCPU's handler was first. Raises OSError or KvmError.
+        """
+        slot, size = self._slot(), PAGE
+        if isinstance(self.exit, MemoryFault):
+            size = max(PAGE, min(self.exit.size, slot.gpa + slot.size - self.exit.gpa))
+        with _renewing:
+            if isinstance(self.exit, MemoryFault) and self.exit.private:
+                if self.vcpu._entered_at == self.vcpu.vm.memory.changes:  # else the access comes again, if need be
+                    slot._renew_private(self.exit.gpa // PAGE * PAGE, size)
+                return
+            first = self._page()
+            page = Host().page_size(first)
+            for at in range(first // page * page, first + size, page):
+                _renew(at, page)
 
     def protect(self, protection: int = _PROT_READ_WRITE) -> None:
         """mprotect() the page: PROT_READ | PROT_WRITE. Raises OSError where its file was opened for reading only."""
@@ -186,6 +209,39 @@ class Fault:
         if hva is None:
             raise Error(f"there is no page to repair: {self.explanation}")
         return hva // PAGE * PAGE
+
+
+def _map(at: int, size: int) -> None:
+    error = libc_call("mmap", at, size, _PROT_READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS, -1, 0, fails=-1)
+    if error:
+        raise OSError(error, os.strerror(error), f"mmap of {at:#x}")
+
+
+def _renew(at: int, size: int) -> None:
+    """A poisoned page becomes a new one; one that can be reached stays as it is."""
+    host = Host()
+    if host.cause(at, False, True) is not Cause.POISONED and not host.unsure and not host.has_userfaultfd(at):
+        return
+    _advise("MADV_DONTNEED", at, size)
+    host = Host()
+    if host.cause(at, False, True) is not Cause.POISONED:
+        return
+    mapping = host.mapping(at)
+    if mapping is None or mapping.permissions[3] != "s":
+        _map(at, size)
+        return
+    _advise("MADV_REMOVE", at, size)
+    _advise("MADV_DONTNEED", at, size)
+
+
+def _advise(name: str, at: int, size: int) -> None:
+    """madvise(); the first of the values that the kernel takes."""
+    error = 0
+    for value in _ADVICE[name]:
+        error = libc_call("madvise", at, size, value)
+        if not error:
+            return
+    raise OSError(error, os.strerror(error), f"madvise({name}) of {at:#x}, size {size:#x}")
 
 
 class OnFault:

@@ -73,6 +73,11 @@ class _Mapping(NamedTuple):
     path: str
 
 
+class _Details(NamedTuple):
+    flags: set[bytes]
+    page_size: int
+
+
 class Host:
     """The mappings of this process as they are when first asked for.
 
@@ -83,7 +88,7 @@ class Host:
         self.unsure = False
         self._lines: list[bytes] | None = None
         self._starts: list[int] = []
-        self._flags: dict[int, set[bytes]] = {}
+        self._details: dict[int, _Details] = {}
         self._smaps = _read_smaps()
         self._sizes: dict[tuple[int, int], int | None] = {}
 
@@ -104,10 +109,11 @@ class Host:
         entry = _pagemap(hva)
         if entry & _PRESENT and not (write and (entry & _WRITE_PROTECTED or at.inode)):
             return None
-        flags = self._vm_flags(at)
-        if flags is None:
+        details = self._details_of(at)
+        if details is None:
             self.unsure = True  # a userfaultfd may be there
             return None
+        flags = details.flags
         if flags & {b"um", b"ui", b"uw"}:
             missing = b"um" in flags and not entry & (_PRESENT | _SWAPPED) and not _resident(hva)
             unseen = b"ui" in flags and not entry & _PRESENT
@@ -139,6 +145,12 @@ class Host:
             os.fsdecode(path[0].rstrip(b"\n")) if path else "",
         )  # fmt: skip
 
+    def page_size(self, hva: int) -> int:
+        """Bytes of a page there: more than PAGE in hugetlbfs."""
+        at = self.mapping(hva)
+        details = None if at is None else self._details_of(at)
+        return PAGE if details is None else details.page_size
+
     def _file_size(self, at: _Mapping) -> int | None:
         """Of the regular file mapped there; None where it is another kind, or none that can be found."""
         key = (at.device, at.inode)
@@ -146,14 +158,14 @@ class Host:
             self._sizes[key] = _find_size(at)
         return self._sizes[key]
 
-    def _vm_flags(self, at: _Mapping) -> set[bytes] | None:
+    def _details_of(self, at: _Mapping) -> _Details | None:
         """Read no further than to that mapping: for each one the kernel looks at all its pages."""
-        while at.start not in self._flags:
+        while at.start not in self._details:
             found = next(self._smaps, None)
             if found is None:
                 return None
-            self._flags[found[0]] = found[1]
-        return self._flags[at.start]
+            self._details[found[0]] = found[1]
+        return self._details[at.start]
 
     def _populate(self, hva: int, write: bool) -> Cause | None:
         error = libc_call("madvise", hva, PAGE, _POPULATE_WRITE if write else _POPULATE_READ)
@@ -166,14 +178,16 @@ class Host:
         return None
 
 
-def _read_smaps() -> Iterator[tuple[int, set[bytes]]]:
-    """-> each mapping's start and VmFlags, by address."""
+def _read_smaps() -> Iterator[tuple[int, _Details]]:
+    """-> each mapping's start, and what it says of it, by address."""
     try:
         with open("/proc/self/smaps", "rb") as file:
-            start = 0
+            start, page_size = 0, PAGE
             for line in file:
-                if line.startswith(b"VmFlags:"):
-                    yield start, set(line.split()[1:])
+                if line.startswith(b"KernelPageSize:"):
+                    page_size = int(line.split()[1]) * 1024
+                elif line.startswith(b"VmFlags:"):
+                    yield start, _Details(set(line.split()[1:]), page_size)
                 elif not line[:1].isupper():
                     start = int(line[: line.index(b"-")], 16)
     except OSError:

@@ -92,6 +92,14 @@ struct kvmexit_api {
      * needs Python. Else the errno of KVM, or of the discard.
      */
     int (*convert)(struct kvmexit_vcpu *vcpu, uint64_t gpa, uint64_t size, int to_private, uint64_t *done);
+
+    /*
+     * For a program's own handler of SIGBUS (SA_SIGINFO), instead of kvmexit.faults.catch_poison(): 1 where the signal says
+     * that the guest this thread runs wanted memory that the hardware has lost; return then, and the run has an exit for it,
+     * KVM_EXIT_MEMORY_FAULT with error EHWPOISON. 0: it is not ours. `siginfo`, `context`: the handler's second and third
+     * argument. Async-signal-safe. SIGBUS must not be blocked in threads that run vCPUs: the guest would wait for ever.
+     */
+    int (*poison)(const void *siginfo, const void *context);
 };
 
 #ifdef Py_PYTHON_H /* <Python.h> comes first, for those that need this */

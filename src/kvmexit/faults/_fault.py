@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvmexit._exits import MemoryFault, Mmio, UnexplainedFault
+from kvmexit._memory import GuestMemfdFlags
 from kvmexit.errors import Error
 from kvmexit.faults import _inject
 from kvmexit.faults._explain import Explanation, as_memory
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Fault", "OnFault"]
 
 _PROT_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
-_FIXED, _PRIVATE, _ANONYMOUS = 0x10, 0x02, 0x20
+_FIXED, _SHARED, _PRIVATE, _ANONYMOUS = 0x10, 0x01, 0x02, 0x20
+_KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
 
 
 class Fault:
@@ -86,15 +88,16 @@ class Fault:
     def repair(self) -> None:
         """Do what the cause asks for, where that needs nothing else.
 
-        map() what is unmapped or poisoned, protect(), convert(), rebind(); nothing where nothing is wrong any more.
-        Raises Error for the other causes, with what to do instead, and what the repair raises. One that does not help
-        comes again, and ends in a FaultLoopError.
+        map() what is unmapped or poisoned, punch() what is poisoned in a guest_memfd, protect(), convert(), rebind();
+        nothing where nothing is wrong any more. Raises Error for the other causes, with what to do instead, and what
+        the repair raises. One that does not help comes again, and ends in a FaultLoopError.
         """
         if self.cause is Cause.NOTHING_FOUND:
             return
         repairs: dict[Cause, Callable[[], object]] = {
-            Cause.UNMAPPED: self.map, Cause.POISONED: self.map, Cause.PROT_NONE: self.protect,
-            Cause.PROT_READ: self.protect, Cause.WRONG_SIDE: self.convert, Cause.GUEST_MEMFD_CLOSED: self.rebind,
+            Cause.UNMAPPED: self.map, Cause.PROT_NONE: self.protect, Cause.PROT_READ: self.protect,
+            Cause.WRONG_SIDE: self.convert, Cause.GUEST_MEMFD_CLOSED: self.rebind,
+            Cause.POISONED: self.punch if isinstance(self.exit, MemoryFault) else self.map,
         }  # fmt: skip
         if self.cause not in repairs:
             raise Error(f"no repair for this by itself: {self.cause.value}; {self.cause.advice}")
@@ -106,6 +109,21 @@ class Fault:
         error = libc_call("mmap", at, PAGE, _PROT_READ_WRITE, _FIXED | _PRIVATE | _ANONYMOUS, -1, 0, fails=-1)
         if error:
             raise OSError(error, os.strerror(error), f"mmap of {at:#x}")
+
+    def punch(self) -> None:
+        """Make a hole in the slot's guest_memfd in the page's place (fallocate): zeros, what was there is gone.
+
+        Also in the host's mapping, where the slot has one. Raises Error where there is no guest_memfd any more.
+        """
+        at, slot = self._page(), self._slot()
+        file, offset = slot.guest_memfd, slot.gmem_offset + at - slot.hva
+        if file is None:
+            raise Error(f"{slot!r} has no guest_memfd to make a hole in")
+        error = libc_call("fallocate", file, _PUNCH_HOLE | _KEEP_SIZE, offset, PAGE)
+        if not error and slot.gmem_flags & GuestMemfdFlags.MMAP:  # where the poisoned page has left its mark
+            error = libc_call("mmap", at, PAGE, _PROT_READ_WRITE, _FIXED | _SHARED, file, offset, fails=-1)
+        if error:
+            raise OSError(error, os.strerror(error), f"a hole in the guest_memfd of {slot!r}, at {offset:#x}")
 
     def protect(self, protection: int = _PROT_READ_WRITE) -> None:
         """mprotect() the page: PROT_READ | PROT_WRITE. Raises OSError where its file was opened for reading only."""
@@ -143,12 +161,12 @@ class Fault:
     def rebind(self, **options: Any) -> Slot:
         """Take the slot out and add it anew with a guest_memfd of its own; -> the new one, zeros on both sides.
 
-        options: of memory.add(), such as gmem_flags; buffer= keeps what the shared side has. Other vCPUs find no memory
-        there meanwhile: pause() where that matters. Raises what add() does; the old slot is gone then.
+        options: of memory.add(), gmem_flags if not as before; buffer= keeps what the shared side has. Other vCPUs find
+        no memory there meanwhile: pause() where that matters. Raises what add() does; the old slot is gone then.
         """
         slot, memory = self._slot(), self.vcpu.vm.memory
         memory.remove(slot)
-        return memory.add(slot.gpa, slot.size, guest_memfd=True, **options)
+        return memory.add(slot.gpa, slot.size, guest_memfd=True, **{"gmem_flags": slot.gmem_flags, **options})
 
     # ---- telling the guest ----
 

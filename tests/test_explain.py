@@ -793,7 +793,7 @@ def test_memory_faults_are_explained_too(scripted):
     said = vcpu.run().explain(vcpu)
     assert (said.cause, said.certain, said.gpa, said.access) == (Cause.GUEST_MEMFD_CLOSED, True, BAD, "access")
     assert vcpu.run().explain(vcpu).cause == Cause.POISONED
-    assert vcpu.run().explain(vcpu).cause == Cause.NO_SLOT
+    assert vcpu.run().explain(vcpu).cause == Cause.PRIVATE_HOLE
     with pytest.raises(kvmexit.NotPendingError):
         fault.explain(vcpu)
 

@@ -14,6 +14,7 @@ cdef class Slot:
     cdef readonly uint64_t gpa, size, hva
     cdef uint32_t number_
     cdef readonly bint readonly, log_dirty
+    cdef readonly object gmem_flags
     cdef Region region       # what the converter knows of it; owns its gmem_fd
     cdef Conversions conversions  # whose converter knows it, or None
     cdef object mapping      # the mmap.mmap or GmemMapping that view_ is over, where the slot made one

@@ -103,12 +103,15 @@ cdef class Slot:
     a running guest, and a SIGBUS where the backing file was truncated. `vm.memory.read()` and `write()` are the checked way.
 
     gpa, size (bytes), hva, number (KVM's slot number; with SlotRebind that of its first part), readonly, log_dirty,
-    guest_memfd (the descriptor of what holds its private pages, owned by the slot, or None).
+    guest_memfd (the descriptor of what holds its private pages, owned by the slot, or None), gmem_flags (the
+    GuestMemfdFlags that it was made with; with MMAP it is the slot's whole memory), gmem_offset (where in it the slot
+    begins, bytes; not 0 only of adopted slots).
     Source: Documentation/virt/kvm/api.rst, KVM_SET_USER_MEMORY_REGION2.
     """
 
     def __cinit__(self):
         self.region.gmem_fd = -1
+        self.gmem_flags = GuestMemfdFlags.NONE
 
     def __init__(self):
         raise TypeError("use vm.memory.add()")
@@ -129,6 +132,10 @@ cdef class Slot:
     @property
     def guest_memfd(self):
         return self.region.gmem_fd if self.region.gmem_fd >= 0 else None
+
+    @property
+    def gmem_offset(self):
+        return self.region.gmem_offset
 
     @property
     def view(self):
@@ -370,7 +377,7 @@ cdef class Memory:
         if flags and self.rebinds:
             raise ValueError("gmem_flags with SlotRebind, which makes the private side itself: leave them out")
         slot = Slot.__new__(Slot)
-        slot.gpa, slot.size, slot.readonly, slot.log_dirty = gpa, size, readonly, log_dirty
+        slot.gpa, slot.size, slot.readonly, slot.log_dirty, slot.gmem_flags = gpa, size, readonly, log_dirty, flags
         slot.region.first, slot.region.last = slot.gpa, slot.gpa + (slot.size - 1)
         with self.still, self.lock:  # in this order: who pauses waits for handlers, which may wait for the lock
             self.handle.check()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvmexit._exits import ExitReason, Mmio
+from kvmexit._memory import GuestMemfdFlags
 from kvmexit._vm import VMType
 from kvmexit.errors import Error, KvmError
 from kvmexit.faults import _operands
@@ -201,7 +202,7 @@ class Look:
         if last.errno == _EHWPOISON:
             cause = Cause.POISONED
         elif slot is None:
-            cause = Cause.NO_SLOT
+            cause = Cause.NO_SLOT if last.reason == ExitReason.MMIO else Cause.PRIVATE_HOLE
         elif last.reason == ExitReason.MEMORY_FAULT and self.memory.is_private(gpa) is (not last.private):
             cause = Cause.WRONG_SIDE
         elif last.private:
@@ -373,6 +374,8 @@ class Look:
     def unreachable(self, slot: Slot | None, gpa: int, write: bool, probe: bool) -> Cause | None:
         if slot is None:
             return Cause.NO_SLOT
+        if slot.gmem_flags & GuestMemfdFlags.MMAP and slot.guest_memfd is None:
+            return Cause.GUEST_MEMFD_CLOSED  # and what lies in its place is of no use to the guest
         hva = slot.hva + gpa - slot.gpa
         key = (hva // PAGE, write, probe)
         if key not in self.causes:

@@ -166,12 +166,12 @@ class Fault:
     def rebind(self, **options: Any) -> Slot:
         """Take the slot out and add it anew with a guest_memfd of its own; -> the new one, zeros on both sides.
 
-        options: of memory.add(), such as gmem_flags; buffer= keeps what the shared side has. Other vCPUs find no memory
-        there meanwhile: pause() where that matters. Raises what add() does; the old slot is gone then.
+        options: of memory.add(), gmem_flags if not as before; buffer= keeps what the shared side has. Other vCPUs find
+        no memory there meanwhile: pause() where that matters. Raises what add() does; the old slot is gone then.
         """
         slot, memory = self._slot(), self.vcpu.vm.memory
         memory.remove(slot)
-        return memory.add(slot.gpa, slot.size, guest_memfd=True, **options)
+        return memory.add(slot.gpa, slot.size, guest_memfd=True, **{"gmem_flags": slot.gmem_flags, **options})
 
     # ---- telling the guest ----
 

@@ -22,6 +22,7 @@ PAGE = mmap.PAGESIZE
 _POPULATE_READ, _POPULATE_WRITE = 22, 23
 _EHWPOISON = 133
 _PRESENT, _SWAPPED, _WRITE_PROTECTED = 1 << 63, 1 << 62, 1 << 57  # Documentation/admin-guide/mm/pagemap.rst
+_USERFAULTFD = {b"um", b"ui", b"uw"}  # of VmFlags: missing, minor, write-protected pages
 
 
 class Cause(enum.Enum):
@@ -34,10 +35,11 @@ class Cause(enum.Enum):
     IO_ERROR = "the file behind it gives no page: an I/O error, or no space"
     USERFAULTFD = "it is missing, and a userfaultfd that does not answer the kernel holds it back"
     POISONED = "its memory is poisoned (a hardware error)"
-    GUEST_MEMFD_CLOSED = "it is private, and the slot's guest_memfd was closed"
+    GUEST_MEMFD_CLOSED = "it is in the slot's guest_memfd, which was closed"
     WRONG_SIDE = "the guest wants it private and it is shared, or the other way round"
     READONLY_SLOT = "the slot is read-only: an ordinary write to a ROM or a device, no fault"
     NO_SLOT = "no slot covers it"
+    PRIVATE_HOLE = "no slot covers it, and the guest or its attribute has it private"
     NOTHING_FOUND = "every page that the instruction may touch can be reached now"
 
     @property
@@ -54,10 +56,12 @@ _ADVICE = {
     Cause.IO_ERROR: "see to the file system or device behind the file, then run() again",
     Cause.USERFAULTFD: "give the page (UFFDIO_COPY, _ZEROPAGE, _CONTINUE, or _WRITEPROTECT), then run() again",
     Cause.POISONED: "the data is lost: punch a hole or map a new page, and tell the guest by a machine check",
-    Cause.GUEST_MEMFD_CLOSED: "convert the range to shared, or remove the slot and add it anew",
+    Cause.GUEST_MEMFD_CLOSED: "remove the slot and add it anew; or, if it is private, convert the range to shared",
     Cause.WRONG_SIDE: "convert it (vm.memory.convert, handlers.convert), then run() again",
     Cause.READONLY_SLOT: "handle the write with vm.on_mmio(), or ignore it as a ROM does",
     Cause.NO_SLOT: "add memory there, or handle the access with vm.on_mmio()",
+    Cause.PRIVATE_HOLE: "add memory with a guest_memfd there; or clear its attribute (KVM_SET_MEMORY_ATTRIBUTES), "
+                        "and it is an Mmio",
     Cause.NOTHING_FOUND: "run() again: it was repaired meanwhile, or the host was short of memory; if it repeats, the "
                          "cause is none that can be seen from here",
 }  # fmt: skip
@@ -114,7 +118,7 @@ class Host:
             self.unsure = True  # a userfaultfd may be there
             return None
         flags = details.flags
-        if flags & {b"um", b"ui", b"uw"}:
+        if flags & _USERFAULTFD:
             missing = b"um" in flags and not entry & (_PRESENT | _SWAPPED) and not _resident(hva)
             unseen = b"ui" in flags and not entry & _PRESENT
             protected = b"uw" in flags and write and entry & _WRITE_PROTECTED
@@ -150,6 +154,12 @@ class Host:
         at = self.mapping(hva)
         details = None if at is None else self._details_of(at)
         return PAGE if details is None else details.page_size
+
+    def has_userfaultfd(self, hva: int) -> bool:
+        """Whether one is registered there: such pages are not probed."""
+        at = self.mapping(hva)
+        details = None if at is None else self._details_of(at)
+        return details is not None and not details.flags.isdisjoint(_USERFAULTFD)
 
     def _file_size(self, at: _Mapping) -> int | None:
         """Of the regular file mapped there; None where it is another kind, or none that can be found."""
@@ -241,11 +251,11 @@ def _resident(hva: int) -> bool:
     return libc_call("mincore", hva, PAGE, ctypes.byref(answer)) == 0 and answer.value & 1 == 1
 
 
-def libc_call(name: str, hva: int, size: int, *others: object, fails: int | None = None) -> int:
-    """Call mmap(), mprotect(), madvise(), mincore(); -> 0, or errno. fails: what says so, where it is not "not 0"."""
+def libc_call(name: str, *arguments: object, fails: int | None = None) -> int:
+    """Call mmap(), mprotect(), madvise() and the like; -> 0, or errno. fails: what says so, where it is not "not 0"."""
     import ctypes
 
     function = ctypes.CDLL(None, use_errno=True)[name]  # [name]: not the one that others may have declared
     function.restype = ctypes.c_ssize_t
-    done = function(ctypes.c_void_p(hva), ctypes.c_size_t(size), *others)
+    done = function(*(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
     return ctypes.get_errno() if (done == fails if fails is not None else done != 0) else 0

@@ -45,7 +45,8 @@ class Guest:
             vcpu.ioctl(SET_MP_STATE, struct.pack("<I", 0))  # with an in-kernel interrupt controller it waits to be started
 
     def step(self, code, **registers):
-        """Have the guest carry out `code` (hex) with these registers; -> the exit: the end of the step, or what came before."""
+        """Have the guest carry out `code` (hex) with these registers; -> the exit: the end of the step, or what came
+        before."""
         code = bytes.fromhex(code) + bytes([0xE6, DONE])
         self.vm.memory.write(CODE, code)
         regs = self.vcpu.regs

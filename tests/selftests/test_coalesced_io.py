@@ -1,8 +1,8 @@
 """After tools/testing/selftests/kvm/coalesced_io_test.c: writes that KVM posts in a ring.
 
-Required of userspace: from each place where the ring may begin, to find all that fits (a ring of 170 has room for 169), ports
-and memory in the order in which the guest wrote them, when the write that does not fit exits; to be given an access outside the
-zones at once, with nothing in the ring; and to be given each write as an exit once a zone is gone.
+Required of userspace: from each place where the ring may begin, to find all that fits (a ring of 170 has room for 169),
+ports and memory in the order in which the guest wrote them, when the write that does not fit exits; to be given an access
+outside the zones at once, with nothing in the ring; and to be given each write as an exit once a zone is gone.
 """
 
 import pytest
@@ -56,7 +56,8 @@ class Coalesced:
 
 @pytest.mark.off_main
 def test_coalesced_io(vm):
-    """From each of the 170 places (with KVMEXIT_STRESS below 1, so many fewer), the ring is filled by writes to both, and both are the write that exits then."""
+    """From each of the 170 places (with KVMEXIT_STRESS below 1, so many fewer), the ring is filled by writes to both, and
+    both are the write that exits then."""
     guest = Coalesced(vm)
     for _ in range(stress(ROOM + 1)):
         exit = guest.write(FIRST + 1, ROOM + 1)  # the last one goes to memory

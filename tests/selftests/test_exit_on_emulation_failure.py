@@ -1,7 +1,8 @@
 """After tools/testing/selftests/kvm/x86_64/exit_on_emulation_failure_test.c: an instruction that KVM cannot emulate.
 
-Required of userspace: with KVM_CAP_EXIT_ON_EMULATION_FAILURE, to be given the instruction's bytes with the exit, to step over
-it, and to have the guest go on behind it. Without it a guest at CPL 3 has to take #UD, and userspace hears of nothing.
+Required of userspace: with KVM_CAP_EXIT_ON_EMULATION_FAILURE, to be given the instruction's bytes with the exit, to step
+over it, and to have the guest go on behind it. Without it a guest at CPL 3 has to take #UD, and userspace hears of
+nothing.
 """
 
 import pytest
@@ -61,8 +62,8 @@ def test_emulation_failure(vm, vcpu, over):
 
 
 def test_without_the_capability(vcpu, cpl):
-    """KVM tells of a kernel's instruction. A program's is #UD in the guest, a triple fault in one that has no IDT; where there
-    is no hardware virtualisation KVM was seen to tell of that as well."""
+    """KVM tells of a kernel's instruction. A program's is #UD in the guest, a triple fault in one that has no IDT; where
+    there is no hardware virtualisation KVM was seen to tell of that as well."""
     exit = vcpu.run(timeout=20)
     if isinstance(exit, InternalError):
         assert (exit.suberror, exit.insn_bytes[:2]) == (EMULATION, FLDS[:2])

@@ -1,8 +1,9 @@
-"""After tools/testing/selftests/kvm/x86_64/hyperv_extended_hypercalls.c, and its neighbours that KVM gives to userspace, too.
+"""After tools/testing/selftests/kvm/x86_64/hyperv_extended_hypercalls.c, and its neighbours that KVM gives to userspace,
+too.
 
-Required of userspace: to be given the hypercall with the guest's input and the addresses of its pages, to answer into its page
-and with a status, and the guest goes on with both. Beside it here are the other exits of Hyper-V: a message that is posted,
-the synthetic interrupt controller's registers, and the synthetic debugger's, whose status userspace answers.
+Required of userspace: to be given the hypercall with the guest's input and the addresses of its pages, to answer into its
+page and with a status, and the guest goes on with both. Beside it here are the other exits of Hyper-V: a message that is
+posted, the synthetic interrupt controller's registers, and the synthetic debugger's, whose status userspace answers.
 """
 
 import pytest
@@ -89,8 +90,8 @@ def test_synic(guest):
     taken them: there is nothing to answer."""
     control, events, messages = 0x4000_0080, 0x4000_0082, 0x4000_0083
     so_far = {"control": 1, "evt_page": 0, "msg_page": 0}  # KVM enables it, whatever a guest would expect
-    for msr, name, value in (
-            (events, "evt_page", FREE + 0x2001), (messages, "msg_page", FREE + 0x3001), (control, "control", 0)):  # fmt: skip
+    writes = (events, "evt_page", FREE + 0x2001), (messages, "msg_page", FREE + 0x3001), (control, "control", 0)
+    for msr, name, value in writes:
         exit = guest.wrmsr(msr, value)
         so_far[name] = value
         assert told(exit) == {"type": TYPE_SYNIC, "msr": msr, **so_far}

@@ -1,8 +1,8 @@
 """After tools/testing/selftests/kvm/x86_64/hyperv_features.c: what of Hyper-V a guest may use.
 
-Required of userspace: to show the guest features by CPUID, and with KVM_CAP_HYPERV_ENFORCE_CPUID to have KVM hold it to them.
-A register or hypercall whose feature is not shown is refused (#GP, a status), and answered by KVM where it is, with no exit
-for userspace. Left out: the invariant TSC's control, which wants a TSC that the lab's processor has not.
+Required of userspace: to show the guest features by CPUID, and with KVM_CAP_HYPERV_ENFORCE_CPUID to have KVM hold it to
+them. A register or hypercall whose feature is not shown is refused (#GP, a status), and answered by KVM where it is, with
+no exit for userspace. Left out: the invariant TSC's control, which wants a TSC that the lab's processor has not.
 """
 
 import pytest

@@ -1,8 +1,8 @@
 """After tools/testing/selftests/kvm/kvm_create_max_vcpus.c and x86_64/max_vcpuid_cap_test.c: how many vCPUs a VM has.
 
-Required of userspace: to create as many as KVM says (KVM_CAP_MAX_VCPUS), with the first ids as with the last ones that it says
-there are (KVM_CAP_MAX_VCPU_ID), having raised its limit of descriptors; and to be refused ids beyond a limit that it set
-itself, once, before the first vCPU.
+Required of userspace: to create as many as KVM says (KVM_CAP_MAX_VCPUS), with the first ids as with the last ones that it
+says there are (KVM_CAP_MAX_VCPU_ID), having raised its limit of descriptors; and to be refused ids beyond a limit that it
+set itself, once, before the first vCPU.
 """
 
 import errno

@@ -1,9 +1,10 @@
 """After tools/testing/selftests/kvm/x86_64/sync_regs_test.c: registers that KVM and userspace hand over in kvm_run.
 
-Required: bits that KVM does not know are EINVAL, in either direction; what comes over is what the ioctls say; what is marked as
-written takes effect, and what is not marked does not; classes that are not asked for are left as they lie. And whatever another
-thread does to the area while KVM reads it, KVM takes a state that holds together or refuses, and the vCPU can be set right and
-go on. kvmexit's views keep the marks themselves, so where the original clears or forges them, the test maps kvm_run, too.
+Required: bits that KVM does not know are EINVAL, in either direction; what comes over is what the ioctls say; what is
+marked as written takes effect, and what is not marked does not; classes that are not asked for are left as they lie. And
+whatever another thread does to the area while KVM reads it, KVM takes a state that holds together or refuses, and the
+vCPU can be set right and go on. kvmexit's views keep the marks themselves, so where the original clears or forges them,
+the test maps kvm_run, too.
 """
 
 import errno

@@ -1,8 +1,9 @@
 """After tools/testing/selftests/kvm/x86_64/triple_fault_event_test.c: a triple fault as an event that userspace gives.
 
-Required: with KVM_CAP_X86_TRIPLE_FAULT_EVENT, a triple fault that userspace makes pending stays pending while KVM completes an
-exit, and is delivered at the next entry: as KVM_EXIT_SHUTDOWN, or, where a guest's guest has it and the guest intercepts
-shutdowns, as an exit of that. The original's second half for VMX is left out: the lab's processor has SVM.
+Required: with KVM_CAP_X86_TRIPLE_FAULT_EVENT, a triple fault that userspace makes pending stays pending while KVM
+completes an exit, and is delivered at the next entry: as KVM_EXIT_SHUTDOWN, or, where a guest's guest has it and the
+guest intercepts shutdowns, as an exit of that. The original's second half for VMX is left out: the lab's processor has
+SVM.
 """
 
 import errno

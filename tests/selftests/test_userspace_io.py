@@ -1,7 +1,7 @@
 """After tools/testing/selftests/kvm/x86_64/userspace_io_test.c: what userspace does to the count of a string input.
 
-Required: nothing breaks when userspace changes RCX at the exit of `rep insb`, down or far up, whatever becomes of that input;
-and an input that nobody disturbs fills its 8192 bytes.
+Required: nothing breaks when userspace changes RCX at the exit of `rep insb`, down or far up, whatever becomes of that
+input; and an input that nobody disturbs fills its 8192 bytes.
 """
 
 import struct
@@ -48,9 +48,9 @@ def ins(guest, count, change=None):
 
 @pytest.mark.parametrize(("how", "more"), [(set_rcx_now, 0), (set_rcx_after, 1)])
 def test_the_count_is_changed_at_the_exit(vm, how, more):
-    """2 to 1, and 3 to 8192: the guest comes to the end of its instruction with what was said last, and no byte lies behind it.
-    Before completion the new count counts from the beginning, after it for what is to come: then every byte is in its place,
-    too."""
+    """2 to 1, and 3 to 8192: the guest comes to the end of its instruction with what was said last, and no byte lies
+    behind it. Before completion the new count counts from the beginning, after it for what is to come: then every byte is
+    in its place, too."""
     guest = Guest(vm)
     for count, changed in ((2, 1), (3, SIZE)):
         vm.memory.write(FREE, bytes(2 * SIZE))

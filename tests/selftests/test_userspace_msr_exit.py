@@ -1,9 +1,10 @@
 """After tools/testing/selftests/kvm/x86_64/userspace_msr_exit_test.c: userspace as the one that has the MSRs.
 
-Required of it: to say which accesses it wants (an MSR that KVM has, one that KVM has not, one that nobody has), to be given
-each of those and no other, with the reason, to answer with data or with an error that the guest takes as #GP, and to change its
-mind between two accesses. And of KVM, to refuse flags it does not know. Left out: the same through the forced emulation
-prefix, which is a module parameter; where there is no hardware virtualisation all of it is emulated anyway.
+Required of it: to say which accesses it wants (an MSR that KVM has, one that KVM has not, one that nobody has), to be
+given each of those and no other, with the reason, to answer with data or with an error that the guest takes as #GP, and
+to change its mind between two accesses. And of KVM, to refuse flags it does not know. Left out: the same through the
+forced emulation prefix, which is a module parameter; where there is no hardware virtualisation all of it is emulated
+anyway.
 """
 
 import ctypes
@@ -73,8 +74,8 @@ def all_but(first, *denied):
 
 
 def test_msr_filter_deny(vm):
-    """All is denied but what bitmaps allow, each kind of access by its own; what nobody has is an exit of another reason, and
-    the only one left once there is no filter."""
+    """All is denied but what bitmaps allow, each kind of access by its own; what nobody has is an exit of another reason,
+    and the only one left once there is no filter."""
     guest = Guest(vm)
     exits = []
 

@@ -68,8 +68,8 @@ def test_vmcall(guest):
 
 
 def test_hypercall_page(vm, guest):
-    """KVM fills the page in, an entry of 32 bytes for each number; answered by a handler. Hyper-V's hypercalls, by a page of its
-    own, are not Xen's: KVM answers this one itself, as its input is not aligned."""
+    """KVM fills the page in, an entry of 32 bytes for each number; answered by a handler. Hyper-V's hypercalls, by a page
+    of its own, are not Xen's: KVM answers this one itself, as its input is not aligned."""
     calls = []
     vm.on(Xen, lambda vcpu, exit: calls.append(is_call(exit)) or RESULT)
     assert guest.caught(guest.wrmsr(XEN_MSR, XEN_PAGE)) is None

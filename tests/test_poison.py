@@ -63,6 +63,25 @@ def path(tmp_path_factory):
     return compiled(tmp_path_factory, "poison")
 
 
+@pytest.fixture(scope="module")
+def poisons(path):
+    """Whether this kernel poisons memory on request. It tells the thread that asked by a SIGBUS, which is the program's own."""
+    library, scratch = loaded(path), mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    scratch[0] = 1
+    library.install(COUNTS)
+    try:
+        return library.poison(ctypes.addressof(ctypes.c_char.from_buffer(scratch))) == 0
+    finally:
+        library.uninstall()
+
+
+@pytest.fixture
+def forging(kvm, poisons):
+    """Skips where poison can be real: in the lab, which is slow."""
+    if poisons:
+        pytest.skip("poison can be real here")
+
+
 @pytest.fixture
 def bus(path):
     """tests/poison.c, counting what comes to the process's own handler: installed before kvmexit's."""
@@ -96,7 +115,8 @@ class Guest:
     def __init__(self, vm, library, code=MARKED):
         self.library, self.vm = library, vm
         self.vcpu = load(vm, code)
-        self.ram, self.slot = vm.memory.slots[0], vm.memory.add(DATA, 4 * PAGE)
+        memory = mmap.mmap(-1, 6 * PAGE)  # before and behind it is no guest memory
+        self.ram, self.slot = vm.memory.slots[0], vm.memory.add(DATA, 4 * PAGE, buffer=memory, offset=PAGE)
         self.slot[:] = b"\7" * 4 * PAGE
         self.vcpu.regs.rbx = FLAG
         self.pool = ThreadPoolExecutor(1)
@@ -134,7 +154,7 @@ def until(condition):
 
 
 @pytest.fixture
-def guest(vm, bus):
+def guest(forging, vm, bus):
     guest = Guest(vm, bus)
     yield guest
     guest.vcpu.kick()
@@ -199,7 +219,7 @@ def test_native_handlers_see_it(caught, guest):
     assert (convert.faults, convert.failed) == (0, 0)
 
 
-def test_it_is_recorded(kvm, path, tmp_path):
+def test_it_is_recorded(forging, path, tmp_path):
     """And read back. A process of its own: a recording has a SIGBUS handler, too, which stays; ours is below it."""
     done = python(CHILD + f"""
 with kvmexit.VM() as vm, faults.catch_poison():
@@ -214,7 +234,7 @@ print([(type(exit).__name__, exit.gpa == DATA + PAGE, exit.size) for exit in exi
     assert done.stdout.splitlines() == ["133", "[('MemoryFault', True, 4096)]"], done.stderr
 
 
-def test_a_fault_that_nobody_repairs_is_a_loop(caught, vm):
+def test_a_fault_that_nobody_repairs_is_a_loop(forging, caught, vm):
     """The same one, at the same registers: the guard counts it."""
     guest = Guest(vm, caught, SPIN)
     came = []
@@ -333,7 +353,7 @@ def test_a_run_of_the_c_api(guest, asking):
     assert api.kick(api.vcpu(guest.vcpu)) == 0
 
 
-def test_stress_signals_and_kicks(caught, vm):
+def test_stress_signals_and_kicks(forging, caught, vm):
     """Two vCPUs. Each signal is a fault, or was its owner's since the thread was not in KVM_RUN; each kick is said once."""
     guests = [Guest(vm, caught)]
     guests.append(Guest.__new__(Guest))
@@ -389,7 +409,7 @@ def test_another_sigbus_is_its_owners(caught, guest, code, where):
     guest.stop(future)
 
 
-def test_not_in_kvm_run(caught, vm):
+def test_not_in_kvm_run(forging, caught, vm):
     """The thread runs the vCPU, and is in its handler; another thread; and none that runs one."""
     guest = Guest(vm, caught, OUT_SPIN)
     vm.on_pio(0x80, 1, lambda vcpu, io: guest.send() or STOP)
@@ -539,7 +559,7 @@ with kvmexit.VM() as vm:
 
 @unsanitized("it has a SIGBUS handler of its own")
 @pytest.mark.parametrize("death", DEATHS)
-def test_what_was_fatal_stays_so(kvm, path, death):
+def test_what_was_fatal_stays_so(forging, path, death):
     """The default is restored, and the process dies of that signal."""
     catch = "" if death.startswith("ignored") else "catch = faults.catch_poison()\n"
     done = python(CHILD + catch + "print('alive', flush=True)\n" + DEATHS[death] + "\nprint('survived')",
@@ -548,7 +568,7 @@ def test_what_was_fatal_stays_so(kvm, path, death):
 
 
 @unsanitized("it has a SIGBUS handler of its own")
-def test_what_was_not_fatal_is_not(kvm, path):
+def test_what_was_not_fatal_is_not(forging, path):
     """SIG_IGN, as far as it goes; and a handler of Python's."""
     done = python(CHILD + """
 signal.signal(signal.SIGBUS, signal.SIG_IGN)
@@ -669,12 +689,8 @@ def test_unrepaired_it_is_a_loop(scripted):
 
 
 @pytest.fixture
-def hwpoison(vm, caught):
-    """A kernel that poisons memory on request; it tells the thread that asked by a SIGBUS, which is the program's own."""
-    scratch = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    scratch[0] = 1
-    at = ctypes.addressof(ctypes.c_char.from_buffer(scratch))
-    if caught.poison(at) != 0:
+def hwpoison(vm, caught, poisons):
+    if not poisons:
         pytest.skip("this kernel does not poison memory on request (MADV_HWPOISON)")
     return caught
 

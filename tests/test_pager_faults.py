@@ -352,7 +352,7 @@ def test_a_source_that_blocks_does_not_hold_up_who_wants_the_vcpu(guest, step, h
         go_on.wait(60)
         return PATTERN[offset : offset + size]
 
-    pager = guest.pager(give, hasty=True)
+    pager = guest.pager(give, hasty=how != "close")
     vcpu = guest.vcpu(*[step] * 3, spin())  # a fault that took long is raised anew
     thread = in_thread(lambda: exits.append(vcpu.run(timeout=0.01 if how == "timeout" else 60)))
     assert asked.wait(30)
@@ -371,9 +371,11 @@ def test_a_source_that_blocks_does_not_hold_up_who_wants_the_vcpu(guest, step, h
         thread.join()
     else:
         faults._pager._PATIENCE, patience = 0.01, faults._pager._PATIENCE
-        pager.close()
+        closer = in_thread(pager.close)
+        thread.join(30)  # half of what it would wait for the source
         faults._pager._PATIENCE = patience
-        thread.join()
+        assert exits
+        closer.join()
         assert isinstance(exits[0], (kvmexit.MemoryFault, kvmexit.Mmio))
     go_on.set()
     pager.close()

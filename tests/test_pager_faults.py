@@ -13,7 +13,7 @@ import weakref
 
 import pytest
 from guests import CODE, Typed, load, stress
-from processes import in_thread, needs_gil, python, unsanitized
+from processes import in_thread, leaks, needs_gil, python, unsanitized
 from test_explain import x86_64
 from test_pager import DATA, PAGE, PAGES, PATTERN, WALK, Touch, aim, source, words
 
@@ -296,13 +296,13 @@ def test_with_on_error_the_next_handler_is_asked(guest):
 
 
 def test_kvm_refuses_the_attributes(tmp_path):
-    before = len(os.listdir("/proc/self/fd"))
+    before = leaks()[0]
     guest = Guest({1: errno.ENOMEM})
     with guest.vm, pytest.raises(KvmError, match="KVM_SET_MEMORY_ATTRIBUTES"):
         guest.pager()
     assert guest.touch(0) == bytes(PAGE)  # it has not become inaccessible
     del guest.touch
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert leaks()[0] == before
 
     guest = Guest({2: errno.ENOMEM, 3: errno.EBUSY})
     with guest.vm, guest.pager() as pager:
@@ -352,7 +352,7 @@ def test_a_source_that_blocks_does_not_hold_up_who_wants_the_vcpu(guest, step, h
         go_on.wait(60)
         return PATTERN[offset : offset + size]
 
-    pager = guest.pager(give, hasty=True)
+    pager = guest.pager(give, hasty=how != "close")
     vcpu = guest.vcpu(*[step] * 3, spin())  # a fault that took long is raised anew
     thread = in_thread(lambda: exits.append(vcpu.run(timeout=0.01 if how == "timeout" else 60)))
     assert asked.wait(30)
@@ -371,9 +371,11 @@ def test_a_source_that_blocks_does_not_hold_up_who_wants_the_vcpu(guest, step, h
         thread.join()
     else:
         faults._pager._PATIENCE, patience = 0.01, faults._pager._PATIENCE
-        pager.close()
+        closer = in_thread(pager.close)
+        thread.join(30)  # half of what it would wait for the source
         faults._pager._PATIENCE = patience
-        thread.join()
+        assert exits
+        closer.join()
         assert isinstance(exits[0], (kvmexit.MemoryFault, kvmexit.Mmio))
     go_on.set()
     pager.close()
@@ -442,7 +444,7 @@ def test_close_leaves_the_rest_inaccessible_and_answers_nothing_any_more(guest):
 
 
 def test_dropped_without_close(guest):
-    before = len(os.listdir("/proc/self/fd"))
+    before = leaks()[0]
     pager = guest.pager()
     worker, thread, gone = weakref.ref(pager._thread), pager._thread, weakref.ref(pager)
     guest.vcpu(fault(3)).run()
@@ -454,7 +456,7 @@ def test_dropped_without_close(guest):
     del thread
     gc.collect()
     assert worker() is None
-    assert len(os.listdir("/proc/self/fd")) == before  # no route keeps anything of it
+    assert leaks()[0] == before  # no route keeps anything of it
     assert guest.vcpu(fault(3)).run().gpa == DATA + 3 * PAGE
     assert guest.touch.fails(4)
 

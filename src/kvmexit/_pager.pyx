@@ -303,8 +303,8 @@ def says_where(Memory memory):
 
 
 cdef int annotate(void *context, uint64_t first, uint64_t pages, int private) noexcept nogil:
-    """Make pages PRIVATE, or shared, for KVM. The shadow has them as shared either way: the slot has no private side. -> 0, or
-    errno. Of a closed VM nothing, which waits for who is counted."""
+    """Make pages PRIVATE, or shared, for KVM. The shadow has them as shared either way: the slot has no private side.
+    -> 0, or errno. Of a closed VM nothing, which waits for who is counted."""
     cdef Guest *g = <Guest *>context
     cdef Converter *c = g.converter
     cdef int error = 0
@@ -331,7 +331,7 @@ cdef bint has_slot(Guest *g) noexcept nogil:
 
 cdef int bring_in(kvmexit_exit *exit, void *opaque) noexcept nogil:
     """A vCPU's access to a page that is not there: its page is brought, and an access that KVM left to us is made. What has
-    failed passes. A source that takes long does not hold up who wants the vCPU for longer than `tick_ms`."""
+    failed passes. A source that takes long does not hold up who wants the vCPU for more than `tick_ms`."""
     cdef Guest *g = <Guest *>opaque
     cdef kvmexit_pager *p = g.pager
     cdef uint64_t offset = exit.address - g.gpa

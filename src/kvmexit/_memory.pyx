@@ -212,7 +212,7 @@ cdef class Slot:
         dirty.clear((gpa - self.gpa) // _PAGE, size // _PAGE)
 
     def _renew_private(self, gpa, size):
-        """Give up the slot's private pages there for new ones. The range is whole pages of it: Fault.renew() sees to that."""
+        """Give up private pages for new ones. The range is whole pages of the slot: Fault.renew() sees to that."""
         cdef int error
         cdef uint64_t first = gpa, count = size
         if self.region.gmem_fd < 0 or self.conversions is None:

@@ -724,6 +724,41 @@ def test_what_the_delivery_of_an_exception_needs_is_brought(iced):
             assert pager.stats.pages == 1
 
 
+def test_a_page_that_comes_while_it_is_looked_for(iced, monkeypatch):
+    """Another vCPU is faster than the handler, twice: with the first page before it looks, with the next while it does."""
+
+    class Overtaken:
+        """A worker, but that page 9 has come when it is to be brought."""
+
+        def __init__(self, worker):
+            self.worker = worker
+
+        def __getattr__(self, name):
+            return getattr(self.worker, name)
+
+        def bring(self, number):
+            if number == 9:
+                self.worker.prefetch(9, 1)
+            return self.worker.bring(number)
+
+    class Slow(faults._pager._Faults):
+        def find(self, vcpu):
+            self.worker = Overtaken(self.worker)
+            return super().find(vcpu)
+
+    monkeypatch.setattr(faults._pager, "_Faults", Slow)
+    with ScriptedVM(attributes=kvmexit.SlotRebind()) as vm:
+        vm.memory.add(0, 1 << 16)[CODE : CODE + 8] = bytes.fromhex("48 8b 03  48 8b 01  e6 f4")  # rax from [rbx], from [rcx]
+        slot = vm.memory.add(DATA, len(PATTERN))
+        vcpu = vm.create_vcpu(0, [failure(errno.EFAULT, rip=CODE), failure(errno.EFAULT, rip=CODE + 3), hlt()])
+        x86_64(vcpu)
+        vcpu.regs.rbx, vcpu.regs.rcx = DATA + 3 * PAGE, DATA + 9 * PAGE
+        with Pager(slot, PATTERN, window=PAGE, mode="faults", vm=vm) as pager:
+            pager.prefetch(DATA + 3 * PAGE, PAGE)
+            assert isinstance(vcpu.run(), kvmexit.Hlt)
+            assert pager.stats.pages == 2
+
+
 OUT = "e6 f4"  # out 0xf4, al
 ACCESSES = {
     "fetch": (OUT, [0], {}),

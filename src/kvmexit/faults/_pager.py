@@ -308,8 +308,8 @@ class _Faults:
         likeliest = [c.gpa for _, c in sorted(look.found.values(), key=itemgetter(0)) if c.slot is self.slot]
         failed = None
         for page in dict.fromkeys((gpa - self.slot.gpa) // _PAGE for gpa in likeliest) | host.pages:
-            filled = self.worker.counts()[2]
             outcome = self.worker.bring(page)
+            filled = self.worker.counts()[2]  # what was filled since is of no fault of this vCPU's
             if outcome in (BROUGHT, AWAITED):
                 return None
             if outcome == WAS_THERE and self.tried.get(vcpu.id) != filled:

@@ -263,6 +263,25 @@ def test_the_guests_handler_gets_the_exception(vm, kernel, example, iced, what, 
     assert vcpu.run(timeout=20).port == 0x81
 
 
+@pytest.mark.parametrize(("code", "level", "says"), [(READ, 3, 5), (WRITE, 3, 7), (READ, 0, 1), (WRITE, 0, 3)])
+def test_a_page_fault_says_what_was_wanted_and_by_whom(scripted, iced, code, level, says):
+    scripted.memory.add(0, 1 << 16)[CODE : CODE + len(code)] = code
+    spoil(scripted.memory.add(DATA, PAGE), "none", None)
+    vcpu = scripted.create_vcpu(0, [failure(14, rip=CODE)])
+    vcpu.sregs.cr0, vcpu.sregs.cs.db, vcpu.sregs.ss.db = 1, 1, 1  # protected mode, no paging
+    vcpu.regs.rbx, vcpu.sregs.ss.dpl = DATA, level
+    told = []
+
+    @scripted.on_fault()
+    def handler(vcpu, fault):
+        fault.inject("#PF")
+        told.append((vcpu.sregs.cr2, vcpu.events.exception.nr, vcpu.events.exception.error_code))
+        return STOP
+
+    vcpu.run()
+    assert told == [(DATA, 14, says)]
+
+
 @pytest.mark.parametrize("way", ["repair", "inject"])
 def test_a_guest_survives_that_its_file_is_truncated(kvm, iced, way):
     """The example: by a longer file, and by its own handler of machine checks."""

@@ -178,7 +178,7 @@ class Fault:
     def inject(self, what: str | int = "#MC", *, error_code: int | None = None, bank: int = 1) -> None:
         """Have the guest take an exception instead: kvmexit.faults.inject(), with this fault's address.
 
-        Of "#PF" the error code says by itself what the access was, from ring 3, to a page that is there.
+        Of "#PF" the error code says by itself what the access was, from which ring, to a page that is there.
         """
         address = None
         if what in ("#MC", 18):
@@ -186,7 +186,8 @@ class Fault:
         elif what in ("#PF", 14):
             address = self.gva
             if error_code is None:
-                error_code = 1 | (self.access == "write") << 1 | 1 << 2 | (self.access == "fetch") << 4
+                user = self.vcpu.sregs.ss.dpl == 3  # which is the privilege level
+                error_code = 1 | (self.access == "write") << 1 | user << 2 | (self.access == "fetch") << 4
         if address is None and what in ("#MC", 18, "#PF", 14):
             raise Error(f"{what} needs an address, and there is none: {self.explanation}")
         _inject.inject(self.vcpu, what, address=address, error_code=error_code, bank=bank)

@@ -877,22 +877,3 @@ with kvmexit.VM() as vm:
     print("survived")
 """, env={"POISON": str(path)}, timeout=120)
     assert (done.returncode, done.stdout) == (-signal.SIGBUS, "alive\n"), done.stderr
-
-
-def test_real_poison_of_a_guest_memfd(kvm, vm, hwpoison):
-    """Linux 6.18 and later, whose guest_memfd can be mapped: KVM fails with EHWPOISON and says the page itself."""
-    flags = kvmexit.GuestMemfdFlags.MMAP | kvmexit.GuestMemfdFlags.INIT_SHARED
-    if vm.check(244) & flags != flags:
-        pytest.skip("this kernel's guest_memfd has no MMAP and INIT_SHARED")
-    vcpu = load(vm, READ)
-    slot = vm.memory.add(DATA, 2 * PAGE, guest_memfd=True, gmem_flags=flags)
-    slot[:] = b"\7" * 2 * PAGE
-    vcpu.regs.rbx = DATA
-    spoil(hwpoison, slot.hva)
-    exit = vcpu.run(60)
-    assert (type(exit), exit.gpa, exit.errno) == (kvmexit.MemoryFault, DATA, EHWPOISON)
-    said = exit.explain(vcpu)
-    assert (said.cause, said.certain) == (Cause.POISONED, True)
-    faults.Fault(vcpu, exit).repair()
-    assert vcpu.run(60).data == b"\0"
-    assert slot[PAGE] == 7

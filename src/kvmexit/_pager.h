@@ -524,7 +524,8 @@ static void kvmexit_pager_report(struct kvmexit_pager *p)
     }
 }
 
-/* Until it is sealed; then the other side of a stream sees the end. Signals are other threads' business, but for those that are this one's own doing. */
+/* Until it is sealed; then the other side of a stream sees the end. Signals are other threads' business, but for those that are
+   this one's own doing. */
 static void kvmexit_pager_serve(struct kvmexit_pager *p)
 {
     static const int own[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGTRAP};

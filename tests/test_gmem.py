@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import struct
+import threading
 
 import pytest
 from guests import CODE, load, stress
@@ -202,6 +203,34 @@ def test_a_private_page_is_renewed(scripted):
     assert isinstance(scripted.create_vcpu(0, steps).run(), kvmexit.Hlt)
     assert os.pread(slot.guest_memfd, 4 * PAGE, 0) == b"\7" * PAGE + bytes(PAGE) + b"\7" * 2 * PAGE
     assert slot[PAGE] == 5
+
+
+def test_a_slot_that_goes_takes_no_other_file_with_it(scripted):
+    """Its descriptor's number is another file's as soon as it is closed: that one gets no holes."""
+    for round_ in range(stress(200)):
+        slot = scripted.memory.add(DATA, 4 * PAGE, guest_memfd=True)
+        number, begun, ends = slot.guest_memfd, threading.Event(), []
+
+        def renew(slot=slot, begun=begun, ends=ends):
+            try:
+                while True:
+                    slot._renew_private(DATA, 4 * PAGE)
+                    begun.set()
+            except Exception as error:
+                ends.append(str(error))
+
+        thread = in_thread(renew)
+        assert begun.wait(60)
+        slot.close_guest_memfd() if round_ % 2 else scripted.memory.remove(slot)
+        other = os.memfd_create("other")
+        assert other == number
+        os.write(other, b"\7" * 4 * PAGE)
+        thread.join(60)
+        assert os.pread(other, 4 * PAGE, 0) == b"\7" * 4 * PAGE
+        os.close(other)
+        assert ends == [f"{slot!r} has no guest_memfd"]
+        if round_ % 2:
+            scripted.memory.remove(slot)
 
 
 # ---- no flags, in a VM that has private memory ----

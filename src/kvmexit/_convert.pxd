@@ -141,7 +141,7 @@ cdef Result withdraw(Converter *c, Region *r) noexcept nogil
 cdef int state_at(Converter *c, uint64_t gpa) noexcept nogil
 cdef int has_state(Converter *c, uint64_t first, uint64_t last, bint private) noexcept nogil
 cdef bint locate(Converter *c, uint64_t hva, uint64_t span, uint64_t *gpa, uint64_t *size, bint *private) noexcept nogil
-cdef int renew_private(Region *r, uint64_t gpa, uint64_t size) noexcept nogil
+cdef Step renew_private(Converter *c, Region *r, uint64_t gpa, uint64_t size, int *error) noexcept nogil
 cdef Step list_runs(Converter *c, Run **runs, size_t *count) noexcept nogil
 cdef int reserve_number(Converter *c) noexcept nogil
 cdef Step release_number(Converter *c, uint32_t number) noexcept nogil

@@ -523,15 +523,29 @@ cdef bint locate(Converter *c, uint64_t hva, uint64_t span, uint64_t *gpa, uint6
     return found
 
 
-cdef int renew_private(Region *r, uint64_t gpa, uint64_t size) noexcept nogil:
-    """Give up pages of the private side for new ones, of zeros. 0, or errno."""
+cdef Step renew_private(Converter *c, Region *r, uint64_t gpa, uint64_t size, int *error) noexcept nogil:
+    """Give up pages of the private side for new ones, of zeros. error: 0, or errno. NO_PRIVATE_SIDE: its guest_memfd is
+    closed, or the region gone. With the lock: without it the descriptor may be another file's already."""
     cdef uint64_t offset = gpa - r.first
-    while fallocate(r.gmem_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, r.gmem_offset + offset, size) != 0:
-        if errno != EINTR:
-            return errno
-    if r.private_side != NULL and madvise(r.private_side + offset, size, MADV_DONTNEED) != 0:
-        return errno  # its page tables say that the page is poisoned, and are not cleared by the hole
-    return 0
+    cdef Step step = NO_PRIVATE_SIDE
+    cdef size_t i
+    cdef int rc = 0
+    if kvmexit_lock_for(&c.lock, LOCK_WAIT_MS) != 0:
+        return BUSY
+    for i in range(c.count):
+        if c.regions[i] == r and r.gmem_fd >= 0:
+            step = DONE
+    if step == DONE:
+        while True:
+            rc = fallocate(r.gmem_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, r.gmem_offset + offset, size)
+            if rc == 0 or errno != EINTR:
+                break
+        if rc == 0 and r.private_side != NULL:  # its page tables still say that the page is poisoned
+            rc = madvise(r.private_side + offset, size, MADV_DONTNEED)
+        error[0] = errno if rc != 0 else 0
+        kvmexit_next_generation(&c.generation)
+    pthread_mutex_unlock(&c.lock)
+    return step
 
 
 cdef Step list_runs(Converter *c, Run **runs, size_t *count) noexcept nogil:

@@ -213,15 +213,20 @@ cdef class Slot:
 
     def _renew_private(self, gpa, size):
         """Give up private pages for new ones. The range is whole pages of the slot: Fault.renew() sees to that."""
-        cdef int error
+        cdef int error = 0
         cdef uint64_t first = gpa, count = size
-        if self.region.gmem_fd < 0 or self.conversions is None:
+        cdef Conversions conversions
+        cdef Step step = BUSY
+        with cython.critical_section(self):
+            conversions = self.conversions  # stay, also when the slot is removed meanwhile
+        while conversions is not None and step == BUSY:
+            with nogil:
+                step = renew_private(&conversions.c, &self.region, first, count, &error)
+            PyErr_CheckSignals()
+        if step != DONE:
             raise Error(f"{self!r} has no guest_memfd")
-        with nogil:
-            error = renew_private(&self.region, first, count)
         if error:
             raise KvmError(error, "fallocate", f"gpa {gpa:#x}, size {size:#x} of {self!r}")
-        kvmexit_next_generation(&self.conversions.c.generation)
 
     def close_guest_memfd(self):
         """Close the slot's guest_memfd, and unmap it where it is what the slot maps. KVM drops the pages, and the guest's
